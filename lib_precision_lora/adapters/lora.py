@@ -1,0 +1,132 @@
+"""Plain LoRA and LoCon: `ΔW = alpha / rank · up · down`, linear and convolutional."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.terms import LowRank, Segment
+
+SUFFIXES: Mapping[str, tuple[str, str]] = {
+    ".lora_up.weight": ("lora_up", "kohya"),
+    ".lora_down.weight": ("lora_down", "kohya"),
+    ".lora_mid.weight": ("lora_mid", "kohya"),
+    ".lora_B.weight": ("lora_up", "PEFT"),
+    ".lora_A.weight": ("lora_down", "PEFT"),
+    ".lora_B.default.weight": ("lora_up", "PEFT"),
+    ".lora_A.default.weight": ("lora_down", "PEFT"),
+    ".lora.up.weight": ("lora_up", "diffusers"),
+    ".lora.down.weight": ("lora_down", "diffusers"),
+    "_lora.up.weight": ("lora_up", "diffusers attention processors"),
+    "_lora.down.weight": ("lora_down", "diffusers attention processors"),
+    ".lora_linear_layer.up.weight": ("lora_up", "diffusers text encoder"),
+    ".lora_linear_layer.down.weight": ("lora_down", "diffusers text encoder"),
+    ".alpha": ("alpha", ""),
+    ".dora_scale": ("dora_scale", ""),
+}
+"""Key endings of a file → (what the tensor is, the layout that writes it so)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRA:
+    """`ΔW = scale · up · down`.
+
+    up: [out, rank]; down: [rank, in · kernel]; scale = alpha / rank, or 1 where the file has no alpha.
+    A Tucker core (LoCon's `mid`) is folded into `down` when the file is read.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    kind: str = "lora"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.up, self.down
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        rows, columns = shape[0], math.prod(shape[1:])
+        if len(shape) < 2 or (self.up.shape[0], self.down.shape[1]) != (rows, columns):
+            raise AdapterError(
+                f"the factors make a {self.up.shape[0]}×{self.down.shape[1]} matrix, "
+                f"the layer's weight is {'×'.join(map(str, shape))}: the file was trained on another model"
+            )
+
+    def reordered(self, order: Tensor) -> LoRA:
+        return dataclasses.replace(self, up=self.up[order])
+
+    def compose(self, running: Segment, strength: float, first: int) -> Segment:
+        term = LowRank(self.up, self.down, strength * self.scale, first)
+        return dataclasses.replace(running, terms=(*running.terms, term))
+
+
+def make_lora(
+    name: str, up: Tensor, down: Tensor, alpha: float | None = None, mid: Tensor | None = None
+) -> LoRA:
+    """A `LoRA` from the tensors of a file.
+
+    up: [out, rank] or [out, rank, 1, …]; down: [rank, in] or [rank, in, *kernel];
+    mid: [rank, rank, *kernel], then down: [rank, in] or [rank, in, 1, …].
+    Raises `AdapterError`: zero rank, factors that do not meet, NaN or inf, no float type.
+    """
+    up = as_float_factor(name, "lora_up", up)
+    down = as_float_factor(name, "lora_down", down)
+    mid = None if mid is None else as_float_factor(name, "lora_mid", mid)
+    if up.ndim < 2 or down.ndim < 2:
+        raise AdapterError(
+            f"{name}: the factors have shapes {list(up.shape)} and {list(down.shape)}, not matrices"
+        )
+    rank = down.shape[0]
+    if rank == 0 or up.shape[1] == 0:
+        raise AdapterError(f"{name}: the rank is zero, the file holds no LoRA for this layer")
+    if alpha is not None and not math.isfinite(alpha):
+        raise AdapterError(f"{name}: alpha is {alpha}; the file is damaged")
+    require_finite(name, lora_up=up, lora_down=down, lora_mid=mid)
+    if mid is not None:
+        down = fold_tucker_core(name, mid, down)
+    up, down = up.flatten(1), down.flatten(1)
+    if up.shape[1] != down.shape[0]:
+        raise AdapterError(f"{name}: lora_up has rank {up.shape[1]} and lora_down has rank {down.shape[0]}")
+    return LoRA(up, down, 1.0 if alpha is None else alpha / rank)
+
+
+def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:
+    """The LoRA among one layer's tensors, by role; None where there is none, or a DoRA.
+
+    Raises `AdapterError` for half a LoRA and for what `make_lora` refuses.
+    """
+    up, down = tensors.get("lora_up"), tensors.get("lora_down")
+    if (up is None and down is None) or "dora_scale" in tensors:
+        return None
+    if up is None or down is None:
+        missing = "lora_up" if up is None else "lora_down"
+        raise AdapterError(f"{name}: {missing} is missing, the file is incomplete")
+    alpha = tensors.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise AdapterError(f"{name}: alpha has {alpha.numel()} values, it must be one number")
+    return make_lora(name, up, down, None if alpha is None else float(alpha), tensors.get("lora_mid"))
+
+
+def fold_tucker_core(name: str, mid: Tensor, down: Tensor) -> Tensor:
+    """`down'[m, i, k…] = Σᵣ mid[m, r, k…] · down[r, i]`, in fp32.
+
+    mid: [m, r, *kernel]; down: [r, in] or [r, in, 1, …]; returns [m, in, *kernel].
+    Source: Tucker-2 decomposition of a convolution (LyCORIS, arXiv 2309.14859, section 3).
+    """
+    inner = down.flatten(1)
+    if mid.ndim < 3 or mid.shape[1] != inner.shape[0]:
+        raise AdapterError(
+            f"{name}: lora_mid has shape {list(mid.shape)}, which does not meet lora_down {list(down.shape)}"
+        )
+    return torch.einsum("mrk,ri->mik", mid.flatten(2).float(), inner.float()).reshape(
+        mid.shape[0], inner.shape[1], *mid.shape[2:]
+    )

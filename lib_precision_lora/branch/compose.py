@@ -1,0 +1,139 @@
+"""From a list of patches to the branches and shadows that a model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lib_precision_lora.adapters import Adapter, AdapterError, row_order
+from lib_precision_lora.branch.conv import ConvBranch
+from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.embedding import EmbeddingBranch
+from lib_precision_lora.branch.linear import LinearBranch
+from lib_precision_lora.branch.norm import NormBranch
+from lib_precision_lora.branch.patch import Patch, PatchError
+from lib_precision_lora.branch.product import Compute
+from lib_precision_lora.branch.shadow import Shadow, make_shadow
+from lib_precision_lora.branch.sites import Site, find_site
+from lib_precision_lora.storage import StorageError, stored_weight
+
+
+class Branch(Protocol):
+    """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows."""
+
+    def __call__(self, module: Any, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def structure(self) -> tuple[object, ...]:
+        """Equal for two branches that differ in strengths only."""
+        ...
+
+    def restrength(self, other: Any) -> None:
+        """Take the strengths of a branch of equal structure."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what was made for a device."""
+        ...
+
+
+class WeightBranchKind(Protocol):
+    """Linear, conv or embedding: made from the effective weight and bias of one module."""
+
+    def __call__(
+        self, weight: EffectiveWeight | None, bias: EffectiveWeight | None, compute: Compute
+    ) -> Branch: ...
+
+
+WEIGHT_BRANCHES: Mapping[str, WeightBranchKind] = {
+    "linear": LinearBranch,
+    "conv": ConvBranch,
+    "embedding": EmbeddingBranch,
+}
+
+
+class Reordered:
+    """Adapters with rows permuted by a host's row function, kept: the same patch stays the same object."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Any], tuple[Adapter, Adapter]] = {}
+
+    def adapter(self, patch: Patch, rows: int) -> Adapter:
+        """Raises `AdapterError` for a function that is no reordering of rows."""
+        function: Callable[[Tensor], Tensor] | None = patch.target.row_function
+        if function is None:
+            return patch.adapter
+        key = id(patch.adapter), function
+        if key not in self._made:
+            order = row_order(function, rows)
+            if order is None:
+                raise AdapterError("the host's row function is not a reordering of rows")
+            self._made[key] = patch.adapter, patch.adapter.reordered(order)
+        return self._made[key][1]
+
+    def keep_only(self, patches: Iterable[Patch]) -> None:
+        """Forget what belongs to none of these."""
+        used = {(id(patch.adapter), patch.target.row_function) for patch in patches}
+        self._made = {key: pair for key, pair in self._made.items() if key in used}
+
+
+def effective_weights(
+    model: nn.Module, patches: Iterable[Patch], reordered: Reordered, shadows: Iterable[Shadow] = ()
+) -> dict[str, tuple[Site, EffectiveWeight]]:
+    """The effective weight of every parameter that a patch changes, by name.
+
+    shadows: those that stand in the model now.
+    Raises `PatchError`, naming file and layer, for a patch that does not fit.
+    """
+    weights: dict[str, tuple[Site, EffectiveWeight]] = {}
+    for patch in patches:
+        if patch.changes_nothing:
+            continue
+        name = patch.target.parameter
+        try:
+            if name not in weights:
+                site = find_site(model, name, shadows)
+                weights[name] = site, EffectiveWeight.identity(stored_weight(site.parameter, site.module))
+            site, running = weights[name]
+            rows = patch.target.rows[1] if patch.target.rows else running.stored.shape[0]
+            if patch.base_factor != 1.0:
+                running = running.scaled(patch.base_factor, patch.target.rows)
+            adapter = reordered.adapter(patch, rows)
+            weights[name] = site, running.apply(adapter, patch.strength, patch.target.rows)
+        except (AdapterError, StorageError, AttributeError) as error:
+            raise PatchError(f"{patch.source}: layer {name}: {error}", patch.source) from error
+    return weights
+
+
+def make_attachments(
+    weights: Mapping[str, tuple[Site, EffectiveWeight]], compute: Compute
+) -> dict[str, tuple[Site, Branch | Shadow]]:
+    """One branch per module, over its weight and bias, or one shadow per parameter; by name."""
+    attachments: dict[str, tuple[Site, Branch | Shadow]] = {}
+    for name, (site, effective) in weights.items():
+        path = name.rpartition(".")[0]
+        if site.kind == "shadow":
+            try:
+                attachments[name] = site, make_shadow(site.module, site.attribute, site.parameter, effective)
+            except AdapterError as error:
+                raise PatchError(f"layer {name}: {error}") from error
+        elif path not in attachments:
+            attachments[path] = site, _make_branch(site, path, weights, compute)
+    return attachments
+
+
+def _make_branch(
+    site: Site, path: str, weights: Mapping[str, tuple[Site, EffectiveWeight]], compute: Compute
+) -> Branch:
+    _, bias = weights.get(f"{path}.bias", (site, None))
+    if site.kind == "norm":
+        scale_name = f"{path}.scale" if f"{path}.scale" in weights else f"{path}.weight"
+        return NormBranch(weights.get(scale_name, (site, None))[1], bias)
+    _, weight = weights.get(f"{path}.weight", (site, None))
+    if weight is None:
+        try:
+            weight = EffectiveWeight.identity(stored_weight(site.module.weight, site.module))  # type: ignore[arg-type]
+        except StorageError as error:
+            raise PatchError(f"layer {path}.weight: {error}") from error
+    return WEIGHT_BRANCHES[site.kind](weight, bias, compute)

@@ -1,0 +1,101 @@
+"""Low-rank factors brought into a type that its products cannot overflow.
+
+`U · V = (U·2^b) · diag(2^−(a+b)) · (2^a·V)`: powers of two move between the factors and the scale, which
+stays in fp32, and lose nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DOWN_SUM_BOUND = 2.0**15
+"""What a sum over an input of size 1 may reach: half of fp16's largest number (65504)."""
+
+UP_SUM_BOUND = 2.0**15
+"""What a whole stack's sum over hidden states of size 1 may reach."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HalfFactors:
+    """`U · V ≈ up · diag(scale) · down` with fp16 factors.
+
+    up: [out, rank], each row's absolute sum at most UP_SUM_BOUND / stacked; down: [rank, columns], at most
+    DOWN_SUM_BOUND; scale: [rank] fp32. Inputs of at most 1 in size then meet no larger sum, whatever the
+    order of summation.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: Tensor
+
+    def product(self) -> Tensor:
+        """`up · diag(scale) · down` with fp32 sums, [out, columns]."""
+        return (self.up.float() * self.scale) @ self.down.float()
+
+
+def half_factors(up: Tensor, down: Tensor, stacked: int = 1) -> HalfFactors:
+    """The factors in fp16, each rounded once.
+
+    up: [out, rank], down: [rank, columns], any float type; stacked: how many such pairs share one sum.
+    Each row of `down` takes a power of two of its own, `up` one for the whole. Elements more than 2^24
+    below the largest of their row are lost.
+    """
+    row_exponents = _headroom(down.abs().sum(1, dtype=torch.float64), DOWN_SUM_BOUND)
+    up_exponent = _headroom(up.abs().sum(1, dtype=torch.float64).max(), UP_SUM_BOUND / stacked)
+    return HalfFactors(
+        _scale_by_exponent(up, up_exponent).to(torch.float16),
+        _scale_by_exponent(down, row_exponents[:, None]).to(torch.float16),
+        torch.exp2(-(row_exponents + up_exponent).double()).float(),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BalancedFactors:
+    """`U · V = up · diag(scale) · down` in the file's own precision; scale: [rank] fp32."""
+
+    up: Tensor
+    down: Tensor
+    scale: Tensor
+
+
+MODERATE = 2.0**40
+"""Factors between 1/MODERATE and MODERATE cannot leave fp32's range on their way."""
+
+
+def balanced_factors(up: Tensor, down: Tensor) -> BalancedFactors:
+    """The factors as they are, or, where a bf16 or fp32 file goes to the edge of its range, balanced.
+
+    up: [out, rank], down: [rank, columns]. Only a power of two for each of the two moves to the scale, so
+    nothing is rounded but what lies below fp32's normal range beside the largest element.
+    """
+    up_exponent, down_exponent = _extreme_exponent(up), _extreme_exponent(down)
+    if up_exponent == 0 and down_exponent == 0:
+        return BalancedFactors(up, down, torch.ones(down.shape[0], device=down.device))
+    return BalancedFactors(
+        torch.ldexp(up.float(), torch.tensor(up_exponent)),
+        torch.ldexp(down.float(), torch.tensor(down_exponent)),
+        torch.full((down.shape[0],), 2.0 ** -(up_exponent + down_exponent), dtype=torch.float64).to(
+            device=down.device, dtype=torch.float32
+        ),
+    )
+
+
+def _extreme_exponent(factor: Tensor) -> int:
+    """The power of two that brings the largest element to about 1, if it is far from there; else 0."""
+    largest = float(factor.abs().max())
+    if largest == 0.0 or 1.0 / MODERATE <= largest <= MODERATE:
+        return 0
+    return int(-torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent)
+
+
+def _headroom(sums: Tensor, bound: float) -> Tensor:
+    """The largest integer e with `sums · 2^e ≤ bound`; 0 where the sum is 0. sums: float64."""
+    exponents = torch.floor(torch.log2(bound / sums.clamp_min(1e-300)))
+    return torch.where(sums > 0, exponents, torch.zeros_like(exponents))
+
+
+def _scale_by_exponent(factor: Tensor, exponent: Tensor) -> Tensor:
+    return (factor.double() * torch.exp2(exponent)).float()

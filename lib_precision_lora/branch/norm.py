@@ -1,0 +1,88 @@
+"""The branch of a normalization: linear in its weight, so the same norm runs with the delta and is added.
+
+norm(x; W + dW, b + db) = norm(x; W, b) + x̂ · dW + db        x̂ the normalized input
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.linear import token_chunks
+from lib_precision_lora.branch.rows import WORKSPACE_BYTES
+from lib_precision_lora.branch.vector import DeltaVector
+
+
+class NormBranch:
+    """Runs on the input and the output of a LayerNorm, GroupNorm or RMS norm over the last axis, in fp32."""
+
+    def __init__(self, weight: EffectiveWeight | None, bias: EffectiveWeight | None) -> None:
+        self.weight = None if weight is None else DeltaVector(weight)
+        self.bias = None if bias is None else DeltaVector(bias)
+
+    def structure(self) -> tuple[object, ...]:
+        return NormBranch, self.weight is None, self.bias is None
+
+    def restrength(self, other: NormBranch) -> None:
+        self.weight, self.bias = other.weight, other.bias
+
+    def release(self) -> None:
+        for vector in (self.weight, self.bias):
+            if vector is not None:
+                vector.release()
+
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """`y + x̂ · dW + db`, in y's memory where it is contiguous."""
+        scale = None if self.weight is None else self.weight.on(y.device)
+        shift = None if self.bias is None else self.bias.on(y.device)
+        y = y.contiguous()
+        if isinstance(module, nn.GroupNorm):
+            for index in range(x.shape[0]):
+                _add_groups(module, x[index], y[index], scale, shift)
+            return y
+        for x_chunk, y_chunk in token_chunks(x, y, max(1, WORKSPACE_BYTES // (16 * y.shape[-1]))):
+            delta: Tensor | float = 0.0
+            if scale is not None:
+                delta = normalized(module, x_chunk.float()) * scale
+            y_chunk.add_(delta if shift is None else delta + shift)
+        return y
+
+
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
+    """x̂ over the last axis, by the module's own epsilon; x: [tokens, width] fp32."""
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + rms_epsilon(module))
+
+
+def rms_epsilon(module: nn.Module) -> float:
+    """The epsilon of an RMS norm: `eps`, or `variance_epsilon` as T5 calls it."""
+    epsilon = getattr(module, "eps", None)
+    if epsilon is None:
+        epsilon = getattr(module, "variance_epsilon", None)
+    return torch.finfo(torch.float32).eps if epsilon is None else float(epsilon)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalizes the last axis (LayerNorm, RMS norms of any name) or channel groups."""
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1
+    name = type(module).__name__
+    return isinstance(module, nn.GroupNorm) or "RMSNorm" in name or name == "T5LayerNorm"
+
+
+def _add_groups(
+    module: nn.GroupNorm, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """One sample of a GroupNorm, group by group, in place; x, y: [channels, …]."""
+    width = x.shape[0] // module.num_groups
+    for start in range(0, x.shape[0], width):
+        channels = slice(start, start + width)
+        shape = (width, *[1] * (x.ndim - 1))
+        delta: Tensor | float = 0.0
+        if scale is not None:
+            group = functional.group_norm(x[None, channels].float(), 1, None, None, module.eps)[0]
+            delta = group * scale[channels].view(shape)
+        y[channels].add_(delta if shift is None else delta + shift[channels].view(shape))

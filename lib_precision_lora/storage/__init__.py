@@ -1,0 +1,14 @@
+"""Stored weight -> values, by row block; the stored bytes are only ever read.
+
+    weight = stored_weight(module.weight, module)
+    block = weight.rows(0, 128)          # fp32, [128, in], on the device of the bytes
+
+See `StoredWeight` for what every format offers and `recognise.py` for the formats.
+"""
+
+from .gguf import gguf_weight
+from .gguf_parameter import GGUFParameter
+from .recognise import stored_weight
+from .weight import StorageError, StoredWeight
+
+__all__ = ["GGUFParameter", "StorageError", "StoredWeight", "gguf_weight", "stored_weight"]

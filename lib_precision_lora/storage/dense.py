@@ -1,0 +1,51 @@
+"""Weights stored in a floating point type of torch, one element per value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from .weight import StorageError, StoredWeight, plain
+
+DENSE_KINDS = MappingProxyType(
+    {
+        torch.float64: "dense-fp64",
+        torch.float32: "dense-fp32",
+        torch.float16: "dense-fp16",
+        torch.bfloat16: "dense-bf16",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseWeight(StoredWeight):
+    """W0 = stored, cast to fp32. stored: any floating point type, `shape`, any strides."""
+
+    stored: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.numel() * self.stored.element_size()
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        return self.stored[start:stop].to(torch.float32, copy=True)
+
+
+def floating_weight(parameter: Tensor, kind: str) -> DenseWeight:
+    """The parameter's own elements under the name `kind`; raises StorageError unless they are floating."""
+    stored = plain(parameter)
+    if not stored.is_floating_point():
+        raise StorageError(
+            f"A {kind} weight was expected in floating point but holds {stored.dtype} of shape "
+            f"{list(stored.shape)}; load the checkpoint in a supported format."
+        )
+    return DenseWeight(shape=tuple(stored.size()), kind=kind, stored=stored)
+
+
+def dense_weight(parameter: Tensor, module: nn.Module | None) -> DenseWeight | None:
+    """Recognises fp64, fp32, fp16 and bf16."""
+    kind = DENSE_KINDS.get(parameter.dtype)
+    return None if kind is None else floating_weight(parameter, kind)
