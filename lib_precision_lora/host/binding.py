@@ -1,0 +1,46 @@
+"""Installing ourselves in the running host, and leaving it."""
+
+from __future__ import annotations
+
+import logging
+
+from lib_precision_lora.host import forge
+from lib_precision_lora.host.contract import failures
+
+logger = logging.getLogger("lib_precision_lora")
+
+_active: forge.ForgeBinding | None = None
+
+
+def install() -> bool:
+    """Swap the running host's LoRA patcher for ours; True if ours is in place afterwards.
+
+    Checks first that the host has every name that we rely on. If one is missing, nothing is touched, and
+    one line in the log says which. Calling it again changes nothing.
+    """
+    global _active
+    if _active is not None:
+        return True
+    missing = failures(forge.REQUIREMENTS)
+    if missing:
+        logger.warning(
+            "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "
+            "knows (%s). Look for an update of the extension.",
+            "; ".join(missing),
+        )
+        return False
+    _active = forge.ForgeBinding()
+    return True
+
+
+def uninstall() -> None:
+    """Take everything off every model and put the host's own functions back. Calling it again is fine."""
+    global _active
+    if _active is not None:
+        _active.uninstall()
+        _active = None
+
+
+def active() -> forge.ForgeBinding | None:
+    """The binding in place, if there is one."""
+    return _active

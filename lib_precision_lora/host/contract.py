@@ -1,0 +1,49 @@
+"""What we rely on in the host, name by name, checked before anything is touched."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """`module:path` must exist; where it is a function, it must take these parameters, in this order.
+
+    `path` may go through a class (`LoraLoader.refresh`). An empty `parameters` asks for existence alone.
+    """
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.path}"
+
+    def failure(self) -> str | None:
+        """What is wrong with it in this host, or None."""
+        try:
+            found: Any = importlib.import_module(self.module)
+        except ImportError as error:
+            return f"module {self.module} cannot be imported ({error})"
+        for name in self.path.split("."):
+            if not hasattr(found, name):
+                return f"{self} is missing"
+            found = getattr(found, name)
+        if not self.parameters:
+            return None
+        try:
+            present = list(inspect.signature(found).parameters)
+        except (TypeError, ValueError):
+            return f"{self} is not a function"
+        if tuple(name for name in present if name in self.parameters) != self.parameters:
+            return f"{self} takes ({', '.join(present)}), not ({', '.join(self.parameters)})"
+        return None
+
+
+def failures(requirements: Iterable[Requirement]) -> list[str]:
+    """Every requirement that this host does not meet, in words."""
+    return [failure for failure in (requirement.failure() for requirement in requirements) if failure]

@@ -1,0 +1,171 @@
+"""Forge: which of its functions are swapped, and for what.
+
+LoraLoader.refresh      attach branches instead of merging, for every patcher of a model
+load_models_gpu         do so too where the host believes that nothing has changed
+networks.load_networks  read files, report what cannot be applied, keep one patcher per checkpoint
+cached_params           text conditioning is cached by our settings and file versions as well
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_precision_lora.host.contract import Requirement
+from lib_precision_lora.host.files import LoraFiles
+from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.loading import NetworkLoader
+from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.host.settings import Settings, read_settings
+
+logger = logging.getLogger("lib_precision_lora")
+
+REQUIREMENTS = (
+    Requirement(
+        "backend.patcher.lora",
+        "LoraLoader.refresh",
+        ("self", "lora_patches", "offload_device", "force_refresh"),
+    ),
+    Requirement("backend.patcher.lora", "load_lora", ("lora", "to_load")),
+    Requirement("backend.patcher.lora", "model_lora_keys_unet", ("model", "key_map")),
+    Requirement("backend.patcher.lora", "model_lora_keys_clip", ("model", "key_map")),
+    Requirement(
+        "backend.patcher.base",
+        "ModelPatcher.add_patches",
+        ("self", "filename", "patches", "strength_patch", "strength_model", "online_mode"),
+    ),
+    Requirement("backend.patcher.base", "ModelPatcher.clone", ("self",)),
+    Requirement("backend.patcher.base", "ModelPatcher.refresh_loras", ("self",)),
+    Requirement(
+        "backend.memory_management",
+        "load_models_gpu",
+        ("models", "memory_required", "hard_memory_preservation"),
+    ),
+    Requirement("backend.utils", "load_torch_file", ("ckpt", "safe_load")),
+    Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
+    Requirement("networks", "load_network", ("name", "network_on_disk")),
+    Requirement("networks", "update_available_networks_by_names", ("names",)),
+    Requirement("networks", "available_networks"),
+    Requirement("networks", "available_network_aliases"),
+    Requirement("networks", "forbidden_network_aliases"),
+    Requirement("networks", "loaded_networks"),
+    Requirement("modules.sd_models", "model_data.get_sd_model"),
+    Requirement(
+        "modules.processing",
+        "StableDiffusionProcessing.cached_params",
+        ("self", "required_prompts", "steps", "extra_network_data", "hires_steps", "use_old_scheduling"),
+    ),
+    Requirement("modules.shared", "opts"),
+)
+
+
+class ForgeBinding:
+    """All that is swapped while the extension is loaded. Off in the settings, it passes everything through."""
+
+    def __init__(self) -> None:
+        import networks
+        from backend import memory_management, utils
+        from backend.patcher import lora
+        from modules import processing, shared
+
+        self._shared = shared
+        self.notices = Notices()
+        self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
+        files = LoraFiles(lambda path: utils.load_torch_file(path, safe_load=True))
+        self.loader = NetworkLoader(files, self.notices)
+        self._replacements = [
+            Replacement(lora.LoraLoader, "refresh", self._make_refresh),
+            Replacement(memory_management, "load_models_gpu", self._make_load_models),
+            Replacement(networks, "load_networks", self._make_load_networks),
+            Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
+        ]
+
+    def settings(self) -> Settings:
+        return read_settings(self._shared.opts)
+
+    def sessions(self) -> Mapping[nn.Module, HostedSession]:
+        """The models on which something was attached, with their sessions."""
+        return self._sessions
+
+    def stand_back(self) -> None:
+        """Take everything off, and have the host build its own patches at its next chance."""
+        for session in list(self._sessions.values()):
+            session.clear()
+        self._sessions.clear()
+        self.loader.stand_back()
+
+    def uninstall(self) -> None:
+        """Leave the host as it was found."""
+        self.stand_back()
+        for replacement in reversed(self._replacements):
+            replacement.undo()
+
+    def _make_refresh(self, host_refresh: Callable[..., None]) -> Callable[..., None]:
+        def refresh(
+            lora_loader: Any,
+            lora_patches: Any,
+            offload_device: torch.device = torch.device("cpu"),  # noqa: B008  as the host's own
+            force_refresh: bool = False,
+        ) -> None:
+            settings = self.settings()
+            model = lora_loader.model
+            session = self._sessions.get(model)
+            if not settings.enabled:
+                if session is not None:
+                    session.clear()
+                    del self._sessions[model]
+                host_refresh(lora_loader, lora_patches, offload_device, force_refresh)
+                return
+            if session is None:
+                session = self._sessions[model] = HostedSession(model)
+
+            def merge(host_patches: Any) -> None:
+                host_refresh(lora_loader, host_patches, offload_device, force_refresh)
+
+            for problem in session.follow(model, lora_patches, settings.compute, merge):
+                self.notices.late_problem(f"A LoRA was left out: {problem}")
+
+        return refresh
+
+    def _make_load_models(self, host_load: Callable[..., None]) -> Callable[..., None]:
+        def load_models_gpu(models: Any, *args: Any, **kwargs: Any) -> None:
+            host_load(models, *args, **kwargs)
+            for patcher in models:
+                if hasattr(patcher, "lora_patches") and (
+                    self.settings().enabled or patcher.model in self._sessions
+                ):
+                    patcher.refresh_loras()
+            if self.settings().on_failure == "stop":
+                self.notices.stop_if_any()
+
+        return load_models_gpu
+
+    def _make_load_networks(self, host_load: Callable[..., None]) -> Callable[..., None]:
+        def load_networks(
+            names: Any, te_multipliers: Any = None, unet_multipliers: Any = None, dyn_dims: Any = None
+        ) -> None:
+            self.notices.begin()
+            if self.settings().enabled:
+                self.loader.load(names, te_multipliers, unet_multipliers)
+            else:
+                self.stand_back()
+                host_load(names, te_multipliers, unet_multipliers, dyn_dims)
+
+        return load_networks
+
+    def _make_cached_params(self, host_params: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        def cached_params(processing: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            settings = self.settings()
+            if settings.enabled and settings.on_failure == "stop":
+                self.notices.stop_if_any()
+            versions = self.loader.versions if settings.enabled else ()
+            ours = (settings.compute, versions) if versions else ()
+            return (*host_params(processing, *args, **kwargs), ours)
+
+        return cached_params

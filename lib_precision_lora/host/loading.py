@@ -1,0 +1,148 @@
+"""The prompt's LoRAs become patches of the checkpoint: our `load_networks`."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
+from lib_precision_lora.host.matching import FileMatch, KeyMap, match_file
+from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.patchers import KeptPatchers
+
+logger = logging.getLogger("lib_precision_lora")
+
+OUR_HASH = "Precision LoRA"
+"""What stands in the engine's `current_lora_hash`, so that the host's own loader never believes that its
+patches are in place."""
+
+
+class NetworkLoader:
+    """Reads the LoRAs of a prompt and puts them on the checkpoint's patchers.
+
+    versions: the files of the last call, for the key of cached conditioning.
+    """
+
+    def __init__(self, files: LoraFiles, notices: Notices) -> None:
+        self._files = files
+        self._notices = notices
+        self._patchers: weakref.WeakKeyDictionary[Any, KeptPatchers] = weakref.WeakKeyDictionary()
+        self._key_maps: weakref.WeakKeyDictionary[nn.Module, KeyMap] = weakref.WeakKeyDictionary()
+        self._matches: weakref.WeakKeyDictionary[nn.Module, dict[Stamp, FileMatch]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.versions: tuple[Stamp, ...] = ()
+
+    def load(
+        self, names: Sequence[str], te_multipliers: Sequence[float], unet_multipliers: Sequence[float]
+    ) -> None:
+        """Put these LoRAs, in this order, on the current checkpoint; report those that cannot be applied."""
+        import networks
+        from modules import sd_models
+
+        engine = sd_models.model_data.get_sd_model()
+        if engine is None:
+            return
+        networks.loaded_networks.clear()
+        self.versions = ()
+        kept = self._patchers.get(engine)
+        if kept is None:
+            if not names:
+                self._use(engine, None)
+                return
+            kept = self._patchers[engine] = KeptPatchers(engine)
+        kept.start(engine)
+        matches: dict[Stamp, FileMatch] = {}
+        for name, te, unet in zip(names, te_multipliers, unet_multipliers, strict=True):
+            try:
+                on_disk = find_network(networks, name)
+                stamp = Stamp.of(on_disk.filename)
+                match = self._match(engine, on_disk.name, stamp)
+                network = networks.load_network(name, on_disk)
+            except FileProblem as problem:
+                self._notices.problem(engine, name, f"LoRA {name} was left out: {problem}")
+                continue
+            kept.add(on_disk.filename, match, unet, te)
+            matches[stamp] = match
+            self.versions += (stamp,)
+            network.mentioned_name = name
+            on_disk.read_hash()
+            networks.loaded_networks.append(network)
+            log_applied(name, match, unet, te)
+        self._matches[engine.forge_objects_original.unet.model] = matches
+        self._use(engine, kept)
+
+    def stand_back(self) -> None:
+        """Give the engines their own patchers back; the host's loader starts anew."""
+        for engine in list(self._patchers):
+            self._use(engine, None)
+            engine.current_lora_hash = OUR_HASH
+        self._patchers.clear()
+        self._key_maps.clear()
+        self._matches.clear()
+        self._files.clear()
+        self.versions = ()
+
+    def _use(self, engine: Any, kept: KeptPatchers | None) -> None:
+        """Make these patchers (the checkpoint's own where None) the engine's current ones."""
+        original = engine.forge_objects_original
+        engine.current_lora_hash = OUR_HASH if kept is not None else str([])
+        engine.forge_objects.unet = original.unet if kept is None else kept.unet
+        engine.forge_objects.clip = original.clip if kept is None else kept.clip
+        engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+    def _match(self, engine: Any, name: str, stamp: Stamp) -> FileMatch:
+        """The file's patches for this checkpoint, from the last call where nothing has changed."""
+        from backend.patcher import lora
+
+        original = engine.forge_objects_original
+        kept = self._matches.get(original.unet.model, {})
+        if stamp in kept:
+            return kept[stamp]
+        unet = self._key_map(original.unet.model, lora.model_lora_keys_unet)
+        clip = None
+        if original.clip is not None:
+            clip = self._key_map(original.clip.cond_stage_model, lora.model_lora_keys_clip)
+        return match_file(name, self._files.read(stamp), unet, clip, lora.load_lora)
+
+    def _key_map(self, model: nn.Module, make: Callable[..., Mapping[str, Any]]) -> KeyMap:
+        """The host's names for a model's parameters, made in a dictionary of its own: the host's default
+        one is shared by all models and would carry names from one to the next."""
+        if model not in self._key_maps:
+            self._key_maps[model] = KeyMap(weakref.proxy(model), dict(make(model, {})))
+        return self._key_maps[model]
+
+
+def find_network(networks: Any, name: str) -> Any:
+    """The LoRA of this name among those on disk, looked for once more if it is new.
+
+    Raises `FileProblem` where there is none.
+    """
+    for refresh in (
+        lambda: None,
+        lambda: networks.update_available_networks_by_names([name]),
+        networks.list_available_networks,
+    ):
+        refresh()
+        forbidden = name.lower() in networks.forbidden_network_aliases
+        aliases = networks.available_networks if forbidden else networks.available_network_aliases
+        found = aliases.get(name)
+        if found is not None:
+            return found
+    raise FileProblem(f"there is no file of this name in the LoRA folder; the list was read anew just now")
+
+
+def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
+    """One line for the log: what the file does, and what of it was not used."""
+    skipped = ""
+    if match.unmatched:
+        shown = ", ".join(match.unmatched[:8]) + (", …" if len(match.unmatched) > 8 else "")
+        skipped = f"; {len(match.unmatched)} keys belong to no layer: {shown}"
+    logger.info(
+        "LoRA %s: %d layers of the model at %g, %d of the text encoder at %g (%s)%s",
+        name, len(match.unet), unet, len(match.text_encoder), te, match.summary, skipped,
+    )

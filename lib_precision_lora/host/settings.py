@@ -1,0 +1,41 @@
+"""Our options as the host keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lib_precision_lora.branch import Compute
+from lib_precision_lora.ui.settings import COMPUTE, ENABLED, ON_FAILURE, OPTIONS, SECTION, STOP
+
+_COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user has chosen."""
+
+    enabled: bool = True
+    compute: Compute = "auto"
+    on_failure: Literal["continue", "stop"] = "continue"
+
+
+def read_settings(opts: Any) -> Settings:
+    """The options of a WebUI; one that is not registered (yet) or nonsense has its default."""
+    default = Settings()
+    return Settings(
+        enabled=bool(getattr(opts, ENABLED, default.enabled)),
+        compute=_COMPUTE.get(getattr(opts, COMPUTE, ""), default.compute),
+        on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
+    )
+
+
+def register_settings() -> None:
+    """Add the section "Precision LoRA" to the WebUI's settings."""
+    from modules import shared
+
+    for option in OPTIONS:
+        info = shared.OptionInfo(option.default, option.label, option.component, option.component_args)
+        info.section = SECTION
+        shared.opts.add_option(option.key, info.info(option.info))

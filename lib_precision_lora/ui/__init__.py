@@ -1,0 +1,1 @@
+"""What people see: texts and components (gradio only, no host internals)."""

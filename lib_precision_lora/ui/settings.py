@@ -1,0 +1,55 @@
+"""The settings section "Precision LoRA": keys, labels and what each one does, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio
+
+SECTION = ("precision_lora", "Precision LoRA")
+ENABLED = "precision_lora_enabled"
+COMPUTE = "precision_lora_compute"
+ON_FAILURE = "precision_lora_on_failure"
+CONTINUE, STOP = "Continue without it", "Stop the generation"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting, as the WebUI's options want it."""
+
+    key: str
+    default: Any
+    label: str
+    info: str
+    component: type | None = None
+    component_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+OPTIONS = (
+    Option(
+        ENABLED,
+        True,
+        "Enable Precision LoRA",
+        "LoRAs are computed beside the checkpoint and never merged into it; takes effect at the next "
+        "generation; off leaves LoRAs to the WebUI",
+    ),
+    Option(
+        COMPUTE,
+        "Automatic",
+        "Compute mode",
+        "Automatic: the fastest that stays exact; fp16: half-precision products everywhere; fp32: full "
+        "precision everywhere, slower",
+        gradio.Radio,
+        {"choices": ["Automatic", "fp16", "fp32"]},
+    ),
+    Option(
+        ON_FAILURE,
+        CONTINUE,
+        "When a LoRA cannot be applied",
+        "a damaged file, or one for another model; the page, the log and the image's parameters say which",
+        gradio.Radio,
+        {"choices": [CONTINUE, STOP]},
+    ),
+)

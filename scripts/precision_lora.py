@@ -1,0 +1,26 @@
+"""Entry point for the WebUI: registers settings, binding and the page's messages; no logic."""
+
+from modules import script_callbacks, scripts
+
+from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host.logs import set_up_logging
+from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.script import show_late_notices
+
+set_up_logging()
+script_callbacks.on_ui_settings(register_settings)
+script_callbacks.on_script_unloaded(uninstall)
+install()
+
+
+class PrecisionLoRA(scripts.Script):
+    """Brings messages that come up while a model is placed to the page of their generation."""
+
+    def title(self):
+        return "Precision LoRA"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def postprocess(self, p, processed, *args):
+        show_late_notices(p, processed)
