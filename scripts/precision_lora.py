@@ -4,8 +4,8 @@ from modules import script_callbacks, scripts
 
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.logs import set_up_logging
-from lib_precision_lora.host.settings import register_settings
 from lib_precision_lora.host.script import show_late_notices
+from lib_precision_lora.host.settings import register_settings
 
 set_up_logging()
 script_callbacks.on_ui_settings(register_settings)

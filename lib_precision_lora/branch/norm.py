@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import token_chunks
-from lib_precision_lora.branch.rows import WORKSPACE_BYTES
+from lib_precision_lora.branch.rows import WORKSPACE_BYTES, accumulate
 from lib_precision_lora.branch.vector import DeltaVector
 
 
@@ -46,7 +46,7 @@ class NormBranch:
             delta: Tensor | float = 0.0
             if scale is not None:
                 delta = normalized(module, x_chunk.float()) * scale
-            y_chunk.add_(delta if shift is None else delta + shift)
+            accumulate(y_chunk, delta if shift is None else delta + shift)
         return y
 
 
@@ -85,4 +85,4 @@ def _add_groups(
         if scale is not None:
             group = functional.group_norm(x[None, channels].float(), 1, None, None, module.eps)[0]
             delta = group * scale[channels].view(shape)
-        y[channels].add_(delta if shift is None else delta + shift[channels].view(shape))
+        accumulate(y[channels], delta if shift is None else delta + shift[channels].view(shape))

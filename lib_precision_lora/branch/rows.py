@@ -54,9 +54,20 @@ def add_rows(
             _add(y[:, rows], delta, segment.left, None if bias is None else bias[rows])
 
 
+def accumulate(y: Tensor, delta: Tensor | float) -> None:
+    """`y += delta` with an fp32 sum and one rounding, in place.
+
+    CPU and CUDA add across types in one pass; other backends are not sure to, and take the long way.
+    """
+    if y.device.type in ("cpu", "cuda") or y.dtype == torch.float32:
+        y.add_(delta)
+    else:
+        y.copy_(y.float() + delta)
+
+
 def _add(y: Tensor, delta: Tensor | float, left: float, bias: Tensor | None) -> None:
     if left == 0.0:
-        y.add_(delta)
+        accumulate(y, delta)
         return
     offset = 0.0 if bias is None else bias.to(device=y.device, dtype=torch.float32)
     y.copy_((y.float() - offset) * (1.0 + left) + offset + delta)

@@ -67,7 +67,7 @@ class LoraFiles:
             raise FileProblem(
                 f"{name} is no complete safetensors file ({error}): download or copy it again"
             ) from error
-        except Exception as error:  # noqa: BLE001  a pickle can fail in any way
+        except Exception as error:  # a pickle can fail in any way
             raise FileProblem(f"{name} cannot be read ({error}): download or copy it again") from error
         tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
         if not tensors:

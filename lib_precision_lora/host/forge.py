@@ -66,7 +66,7 @@ REQUIREMENTS = (
 
 
 class ForgeBinding:
-    """All that is swapped while the extension is loaded. Off in the settings, it passes everything through."""
+    """All that is swapped while the extension is loaded; switched off, it passes everything through."""
 
     def __init__(self) -> None:
         import networks
@@ -106,6 +106,13 @@ class ForgeBinding:
         for replacement in reversed(self._replacements):
             replacement.undo()
 
+    def _follows(self, patcher: Any) -> bool:
+        """Whether a placed model may have to change: it takes LoRAs, and ours are on, or still attached."""
+        model = getattr(patcher, "model", None)
+        if not hasattr(patcher, "lora_patches") or not isinstance(model, nn.Module):
+            return False
+        return self.settings().enabled or model in self._sessions
+
     def _make_refresh(self, host_refresh: Callable[..., None]) -> Callable[..., None]:
         def refresh(
             lora_loader: Any,
@@ -115,8 +122,8 @@ class ForgeBinding:
         ) -> None:
             settings = self.settings()
             model = lora_loader.model
-            session = self._sessions.get(model)
-            if not settings.enabled:
+            session = self._sessions.get(model) if isinstance(model, nn.Module) else None
+            if not settings.enabled or not isinstance(model, nn.Module):
                 if session is not None:
                     session.clear()
                     del self._sessions[model]
@@ -137,9 +144,7 @@ class ForgeBinding:
         def load_models_gpu(models: Any, *args: Any, **kwargs: Any) -> None:
             host_load(models, *args, **kwargs)
             for patcher in models:
-                if hasattr(patcher, "lora_patches") and (
-                    self.settings().enabled or patcher.model in self._sessions
-                ):
+                if self._follows(patcher):
                     patcher.refresh_loras()
             if self.settings().on_failure == "stop":
                 self.notices.stop_if_any()

@@ -17,7 +17,7 @@ from lib_precision_lora.storage import StorageError
 logger = logging.getLogger("lib_precision_lora")
 
 HostPatches = Mapping[Any, Mapping[str, Sequence[Sequence[Any]]]]
-"""The host's `lora_patches`: identifier → parameter name → [strength, value, base factor, offset, function]."""
+"""The host's `lora_patches`: identifier → parameter → [strength, value, base factor, offset, function]."""
 
 
 class HostedSession:
@@ -57,7 +57,9 @@ class HostedSession:
         self._theirs = _flat(theirs)
         problems = self._apply(ours, compute)
         self._signature = signature
-        self._values = [entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack]
+        self._values = [
+            entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
+        ]
         return problems
 
     def clear(self) -> None:
@@ -137,7 +139,10 @@ class HostedSession:
             adapter.check(shape)
         except (AdapterError, StorageError, AttributeError, AssertionError):
             return False
-        if find_site(model, name).kind == "shadow" and not find_site(model, name).parameter.is_floating_point():
+        if (
+            find_site(model, name).kind == "shadow"
+            and not find_site(model, name).parameter.is_floating_point()
+        ):
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
 
@@ -158,4 +163,3 @@ def _flat(host_patches: HostPatches) -> tuple[object, ...]:
         for name, stack in patches.items()
         for strength, value, base_factor, offset, function in stack
     )
-

@@ -133,7 +133,7 @@ def find_network(networks: Any, name: str) -> Any:
         found = aliases.get(name)
         if found is not None:
             return found
-    raise FileProblem(f"there is no file of this name in the LoRA folder; the list was read anew just now")
+    raise FileProblem("there is no file of this name in the LoRA folder; the list was read anew just now")
 
 
 def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
@@ -144,5 +144,11 @@ def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
         skipped = f"; {len(match.unmatched)} keys belong to no layer: {shown}"
     logger.info(
         "LoRA %s: %d layers of the model at %g, %d of the text encoder at %g (%s)%s",
-        name, len(match.unet), unet, len(match.text_encoder), te, match.summary, skipped,
+        name,
+        len(match.unet),
+        unet,
+        len(match.text_encoder),
+        te,
+        match.summary,
+        skipped,
     )

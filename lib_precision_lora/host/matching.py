@@ -19,7 +19,15 @@ HostParser = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[dict[Any,
 WIDENED_BY_HOST = ("img_in.weight", "input_blocks.0.0.weight")
 """Input layers that the host widens where a file's tensor has more channels (control LoRAs)."""
 
-TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "lora_prior_te", "t5xxl.", "clip_l.", "clip_g.", "clip_h.")
+TEXT_ENCODER_PREFIXES = (
+    "lora_te",
+    "text_encoder",
+    "lora_prior_te",
+    "t5xxl.",
+    "clip_l.",
+    "clip_g.",
+    "clip_h.",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,4 +149,6 @@ def _host_patches(
     try:
         return host_parser(dict(rest), keys.names)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise FileProblem(f"{name} cannot be applied: the WebUI's own reader fails on it ({error!r})") from error
+        raise FileProblem(
+            f"{name} cannot be applied: the WebUI's own reader fails on it ({error!r})"
+        ) from error

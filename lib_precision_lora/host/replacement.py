@@ -13,7 +13,9 @@ class Replacement:
     straight through to the original.
     """
 
-    def __init__(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def __init__(
+        self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
         self.owner, self.name = owner, name
         self.original: Callable[..., Any] = getattr(owner, name)
         self._ours = make(self.original)

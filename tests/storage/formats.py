@@ -1,0 +1,218 @@
+"""A parameter and module of every stored format, made from one fp32 matrix. Reused by other test folders.
+
+    for case in stored_variants(torch.randn(16, 256)).values():
+        weight = stored_weight(case.parameter, case.module)     # decodes to case.expected, fp32 [out, in]
+        y = case.module(x)                                      # linear with case.expected
+
+`VARIANTS` names all of them, to parametrize with; `stored_variant(name, matrix)` makes one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import bitsandbytes.functional as bnb
+import gguf
+import torch
+from bitsandbytes.nn import Params4bit
+from torch import Tensor, nn
+
+from lib_precision_lora.storage import GGUFParameter
+from tests.storage.baked_layout import bake
+from tests.storage.k_quants import K_QUANTS, random_blocks
+
+FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+DENSE = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16}
+QUANTIZABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+BAKED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """expected: W0 in fp32 by the format's own library, never by the code under test."""
+
+    parameter: Tensor
+    module: StoredLinear
+    expected: Tensor
+
+
+class StoredLinear(nn.Module):
+    """y = x W0ᵀ + bias over a parameter in any stored format, W0 as the format's own library decodes it."""
+
+    def __init__(self, parameter: Tensor, expected: Tensor, scale_weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = expected.shape
+        self.weight = parameter if isinstance(parameter, nn.Parameter) else frozen(parameter)
+        self.bias = frozen(torch.linspace(-1.0, 1.0, self.out_features))
+        self.scale_weight = None if scale_weight is None else frozen(scale_weight)
+        self.decoded = (expected,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.decoded[0].to(x.dtype), self.bias.to(x.dtype))
+
+
+class HostGGUFParameter(nn.Parameter):
+    """What is relied on of Forge's ParameterGGUF: its attributes, and a `shape` that is the logical one."""
+
+    def __new__(cls, data: Tensor, **attributes: object) -> HostGGUFParameter:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __init__(self, data: Tensor, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.real_shape
+
+
+class SubclassGGUFTensor(torch.Tensor):
+    """What is relied on of ComfyUI-GGUF's tensor: a subclass that overrides `detach` and `shape`."""
+
+    def detach(self) -> SubclassGGUFTensor:
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor_shape
+
+
+def frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def case(parameter: Tensor, expected: Tensor, scale: Tensor | None = None) -> StoredCase:
+    module = StoredLinear(parameter, expected.clone(), scale)
+    return StoredCase(module.weight, module, module.decoded[0])
+
+
+def dense(dtype: torch.dtype, matrix: Tensor) -> StoredCase:
+    stored = matrix.to(dtype, copy=True)
+    return case(frozen(stored), stored.to(torch.float32))
+
+
+def scaled(dtype: torch.dtype, per_row: bool, matrix: Tensor) -> StoredCase:
+    largest = matrix.abs().amax(dim=1, keepdim=True) if per_row else matrix.abs().max()
+    scale = (largest / 8).clamp(min=1e-8)
+    stored = (matrix / scale).to(dtype)
+    return case(frozen(stored), stored.to(torch.float32) * scale, scale)
+
+
+def four_bit(quant_type: str, nested: bool, storage: torch.dtype, matrix: Tensor) -> StoredCase:
+    packed, state = bnb.quantize_4bit(
+        matrix, blocksize=64, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
+    parameter = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=64,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+    return case(parameter, four_bit_values(packed, state))
+
+
+def four_bit_values(packed: Tensor, state: bnb.QuantState) -> Tensor:
+    """bitsandbytes' own decode, run eagerly: it would compile a kernel for every odd width.
+
+    It takes a single packed byte for a transposed weight, hence the reshape of those one or two values.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        return bnb.dequantize_4bit(packed, state).reshape(state.shape)
+
+
+def not_yet_four_bit(quant_type: str, matrix: Tensor) -> StoredCase:
+    stored = matrix.to(torch.float16)
+    return case(Params4bit(stored, requires_grad=False, quant_type=quant_type), stored.to(torch.float32))
+
+
+def gguf_blocks(name: str, matrix: Tensor) -> Tensor:
+    """uint8 [n, block_bytes] over the values in row-major order; random for types without a quantizer."""
+    member = gguf.GGMLQuantizationType[name]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[member]
+    if matrix.numel() % block_size:
+        raise ValueError(f"{matrix.numel()} values are no whole number of {name} blocks of {block_size}")
+    if name in K_QUANTS:
+        count = matrix.numel() // block_size
+        return torch.from_numpy(random_blocks(name, count, float(matrix.std()), zlib.crc32(name.encode())))
+    quantized = gguf.quants.quantize(matrix.reshape(1, -1).numpy(), member)
+    return torch.from_numpy(quantized.copy()).view(torch.uint8).reshape(-1, block_bytes)
+
+
+def gguf_values(name: str, blocks: Tensor, shape: torch.Size) -> Tensor:
+    values = gguf.quants.dequantize(blocks.reshape(1, -1).numpy(), gguf.GGMLQuantizationType[name])
+    return torch.from_numpy(values.copy()).view(shape)
+
+
+def gguf_own(name: str, matrix: Tensor) -> StoredCase:
+    blocks = gguf_blocks(name, matrix)
+    return case(GGUFParameter(blocks, name, matrix.shape), gguf_values(name, blocks, matrix.shape))
+
+
+def gguf_subclass(name: str, matrix: Tensor) -> StoredCase:
+    blocks = gguf_blocks(name, matrix)
+    tensor = blocks.as_subclass(SubclassGGUFTensor)
+    tensor.tensor_type, tensor.tensor_shape = gguf.GGMLQuantizationType[name], matrix.shape
+    parameter = frozen(tensor)
+    return case(parameter, gguf_values(name, blocks, matrix.shape))
+
+
+def gguf_forge(name: str, baked: bool, compute: torch.dtype, matrix: Tensor) -> StoredCase:
+    blocks = gguf_blocks(name, matrix)
+    data, expected = blocks, gguf_values(name, blocks, matrix.shape)
+    if baked and name in BAKED:
+        result = bake(blocks.numpy(), name, compute)
+        data, expected = result.data, result.values.view(matrix.shape)
+    parameter = HostGGUFParameter(
+        data,
+        gguf_cls=getattr(gguf.quants, name),
+        real_shape=matrix.shape,
+        computation_dtype=compute,
+        baked=baked,
+    )
+    return case(parameter, expected)
+
+
+def gguf_forge_plain(dtype: torch.dtype, matrix: Tensor) -> StoredCase:
+    data = matrix.to(dtype, copy=True)
+    parameter = HostGGUFParameter(data, gguf_cls=None, real_shape=matrix.shape, baked=False)
+    return case(parameter, data.to(torch.float32))
+
+
+BUILDERS: dict[str, Callable[[Tensor], StoredCase]] = {
+    **{f"dense-{key}": partial(dense, dtype) for key, dtype in DENSE.items()},
+    "dense-fp16-scaled": partial(scaled, torch.float16, False),
+    **{f"fp8-{key}": partial(dense, dtype) for key, dtype in FP8.items()},
+    **{f"fp8-{key}-scaled": partial(scaled, dtype, False) for key, dtype in FP8.items()},
+    **{f"fp8-{key}-scaled-by-row": partial(scaled, dtype, True) for key, dtype in FP8.items()},
+    **{f"bnb-{key}": partial(four_bit, key, False, torch.uint8) for key in ("nf4", "fp4")},
+    **{f"bnb-{key}-nested": partial(four_bit, key, True, torch.uint8) for key in ("nf4", "fp4")},
+    **{f"bnb-{key}-unquantized": partial(not_yet_four_bit, key) for key in ("nf4", "fp4")},
+    "bnb-nf4-in-bf16": partial(four_bit, "nf4", False, torch.bfloat16),
+    **{f"gguf-{key}": partial(gguf_own, key) for key in (*QUANTIZABLE, *K_QUANTS, "BF16", "F16", "F32")},
+    "gguf-Q4_0-subclass": partial(gguf_subclass, "Q4_0"),
+    "gguf-Q8_0-forge": partial(gguf_forge, "Q8_0", False, torch.float16),
+    "gguf-F16-forge": partial(gguf_forge_plain, torch.float16),
+    **{
+        f"gguf-{key}-baked-{compute}": partial(gguf_forge, key, True, dtype)
+        for key in (*BAKED, "Q5_0", "Q6_K", "BF16")
+        for compute, dtype in COMPUTE.items()
+    },
+}
+VARIANTS = tuple(BUILDERS)
+
+
+def stored_variant(name: str, matrix: Tensor) -> StoredCase:
+    """One format of `VARIANTS` over fp32 [out, in]. For GGUF out·in is a multiple of the block size."""
+    return BUILDERS[name](matrix.detach().to(torch.float32).contiguous())
+
+
+def stored_variants(matrix: Tensor) -> dict[str, StoredCase]:
+    """Every format over fp32 [out, in], by name. Out·in is a multiple of 256, for the K-quants."""
+    return {name: stored_variant(name, matrix) for name in VARIANTS}
