@@ -4,7 +4,7 @@ from modules import script_callbacks, scripts
 
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.logs import set_up_logging
-from lib_precision_lora.host.script import show_late_notices
+from lib_precision_lora.host.script import show_late_notices, show_notices
 from lib_precision_lora.host.settings import register_settings
 
 set_up_logging()
@@ -14,13 +14,16 @@ install()
 
 
 class PrecisionLoRA(scripts.Script):
-    """Brings messages that come up while a model is placed to the page of their generation."""
+    """Brings what could not be applied to the page and the infotext of its generation."""
 
     def title(self):
         return "Precision LoRA"
 
     def show(self, is_img2img):
         return scripts.AlwaysVisible
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        show_notices(p)
 
     def postprocess(self, p, processed, *args):
         show_late_notices(p, processed)

@@ -136,7 +136,7 @@ class ForgeBinding:
                 host_refresh(lora_loader, host_patches, offload_device, force_refresh)
 
             for problem in session.follow(model, lora_patches, settings.compute, merge):
-                self.notices.late_problem(f"A LoRA was left out: {problem}")
+                self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
 
         return refresh
 

@@ -39,10 +39,10 @@ class HostedSession:
         host_patches: HostPatches,
         compute: Compute,
         merge: Callable[[HostPatches], None],
-    ) -> list[str]:
+    ) -> list[PatchError]:
         """Bring the model to these patches; nothing happens where nothing has changed.
 
-        merge: the host's own way, given the patches that are not ours. Returns a sentence for each source
+        merge: the host's own way, given the patches that are not ours. Returns the reason for each source
         that could not be applied and was left out.
         """
         signature = compute, *_flat(host_patches)
@@ -72,15 +72,15 @@ class HostedSession:
     def attached(self) -> tuple[str, ...]:
         return self._session.attached
 
-    def _apply(self, patches: list[Patch], compute: Compute) -> list[str]:
+    def _apply(self, patches: list[Patch], compute: Compute) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole."""
-        problems = []
+        problems: list[PatchError] = []
         while True:
             try:
                 self._session.apply_patches(patches, compute)
                 return problems
             except PatchError as error:
-                problems.append(str(error))
+                problems.append(error)
                 remaining = [patch for patch in patches if patch.source != error.source]
                 if error.source is None or len(remaining) == len(patches):
                     remaining = []

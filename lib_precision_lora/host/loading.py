@@ -64,7 +64,7 @@ class NetworkLoader:
                 match = self._match(engine, on_disk.name, stamp)
                 network = networks.load_network(name, on_disk)
             except FileProblem as problem:
-                self._notices.problem(engine, name, f"LoRA {name} was left out: {problem}")
+                self._notices.problem(name, f"LoRA {name} was left out: {problem}")
                 continue
             kept.add(on_disk.filename, match, unet, te)
             matches[stamp] = match
@@ -75,6 +75,8 @@ class NetworkLoader:
             log_applied(name, match, unet, te)
         self._matches[engine.forge_objects_original.unet.model] = matches
         self._use(engine, kept)
+        if hasattr(engine, "comments"):  # the WebUI gives it to an engine when a generation begins
+            self._notices.show(comment_once(engine.comments), engine.extra_generation_params)
 
     def stand_back(self) -> None:
         """Give the engines their own patchers back; the host's loader starts anew."""
@@ -115,6 +117,11 @@ class NetworkLoader:
         if model not in self._key_maps:
             self._key_maps[model] = KeyMap(weakref.proxy(model), dict(make(model, {})))
         return self._key_maps[model]
+
+
+def comment_once(comments: list[str]) -> Callable[[str], None]:
+    """Appends a sentence that is not there yet."""
+    return lambda message: None if message in comments else comments.append(message)
 
 
 def find_network(networks: Any, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 logger = logging.getLogger("lib_precision_lora")
@@ -16,43 +15,40 @@ class GenerationStopped(RuntimeError):
 
 
 class Notices:
-    """Collects what went wrong with this generation's LoRAs."""
+    """Collects what went wrong with the LoRAs that are set now, and shows it with their image."""
 
     def __init__(self) -> None:
-        self._problems: list[str] = []
-        self._late: list[str] = []
+        self._problems: dict[str, str] = {}
+        self._shown: set[str] = set()
 
     def begin(self) -> None:
         """Forget the previous set's problems."""
         self._problems.clear()
+        self._shown.clear()
 
-    def problem(self, engine: Any, source: str, message: str) -> None:
-        """A file that was left out: log it, and have the WebUI show and record it with the image.
+    def problem(self, source: str, message: str) -> None:
+        """A file that was left out. source: its name; message: a sentence with the reason."""
+        logger.warning("%s", message)
+        self._problems[message] = source
 
-        source: the file's name for the infotext; message: the sentence that names it and the reason.
+    def show(self, comments: Any, parameters: dict[str, Any]) -> None:
+        """Add what has come up to a generation's comments and to the parameters of its images.
+
+        comments: takes a sentence (`p.comment`, or a list's `append`).
         """
-        logger.warning("%s", message)
-        self._problems.append(message)
-        comments: list[str] | None = getattr(engine, "comments", None)
-        if comments is None:
-            self._late.append(message)
-        elif message not in comments:
-            comments.append(message)
-        parameters: dict[str, Any] | None = getattr(engine, "extra_generation_params", None)
-        if parameters is not None:
-            present = [part for part in parameters.get(INFOTEXT_SKIPPED, "").split(", ") if part]
-            parameters[INFOTEXT_SKIPPED] = ", ".join(dict.fromkeys([*present, source]))
+        if not self._problems:
+            return
+        present = [part for part in str(parameters.get(INFOTEXT_SKIPPED, "")).split(", ") if part]
+        parameters[INFOTEXT_SKIPPED] = ", ".join(dict.fromkeys([*present, *self._problems.values()]))
+        for message in self._problems:
+            comments(message)
+        self._shown.update(self._problems)
 
-    def late_problem(self, message: str) -> None:
-        """A problem that shows while the model is placed, when the WebUI has collected its comments."""
-        logger.warning("%s", message)
-        self._problems.append(message)
-        self._late.append(message)
-
-    def take_late(self) -> Iterable[str]:
-        """The messages that the WebUI has not shown yet, once."""
-        late, self._late = self._late, []
-        return late
+    def unshown(self) -> list[str]:
+        """The messages that have come up since the last `show`, once."""
+        messages = [message for message in self._problems if message not in self._shown]
+        self._shown.update(messages)
+        return messages
 
     def stop_if_any(self) -> None:
         """Raise `GenerationStopped` if something was left out."""

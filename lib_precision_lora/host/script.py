@@ -7,11 +7,21 @@ from typing import Any
 from lib_precision_lora.host import binding
 
 
+def show_notices(p: Any) -> None:
+    """Bring messages about this pass's LoRAs to the page and into the infotext, before it is sampled.
+
+    The WebUI itself collects an engine's comments once, before the first pass.
+    """
+    active = binding.active()
+    if active is not None:
+        active.notices.show(p.comment, p.extra_generation_params)
+
+
 def show_late_notices(p: Any, processed: Any) -> None:
     """Put messages that came up while a model was placed under the finished image."""
     active = binding.active()
     if active is None:
         return
-    for message in active.notices.take_late():
+    for message in active.notices.unshown():
         p.comment(message)
         processed.comments += f"{message}\n"
