@@ -5,20 +5,26 @@ from lib_precision_lora.adapters.diff import Assign, Diff
 from lib_precision_lora.adapters.forge_patch import ForgePatch, from_forge_patch, to_forge_patch
 from lib_precision_lora.adapters.lora import LoRA, make_lora
 from lib_precision_lora.adapters.reader import AdapterFile, read_adapters
+from lib_precision_lora.adapters.steps import Add, Left, Right, Running, Step
 from lib_precision_lora.adapters.target import Target, row_order
-from lib_precision_lora.adapters.terms import Dense, LowRank, Segment
+from lib_precision_lora.adapters.terms import Dense, Kronecker, LowRank
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterFile",
+    "Add",
     "Assign",
     "Dense",
     "Diff",
     "ForgePatch",
+    "Kronecker",
+    "Left",
     "LoRA",
     "LowRank",
-    "Segment",
+    "Right",
+    "Running",
+    "Step",
     "Target",
     "adapter_bytes",
     "from_forge_patch",

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters.terms import Segment
+from lib_precision_lora.adapters.steps import Running, Step
 
 
 class AdapterError(ValueError):
@@ -35,11 +35,8 @@ class Adapter(Protocol):
         """The adapter of the weight whose rows are `W[order]`; order: [out], a permutation."""
         ...
 
-    def compose(self, running: Segment, strength: float, first: int) -> Segment:
-        """`W + strength · (A(W) − W)` for the rows of `running`.
-
-        first: the adapter's own row that meets `running.start`.
-        """
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        """The steps to `W + strength · (A(W) − W)`; their rows count from the first row of `running`."""
         ...
 
 

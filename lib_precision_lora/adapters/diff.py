@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
-from lib_precision_lora.adapters.terms import Dense, Segment
+from lib_precision_lora.adapters.operators import Uniform
+from lib_precision_lora.adapters.steps import Add, Left, Running, Step
+from lib_precision_lora.adapters.terms import Dense
 
 SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".diff": ("diff", ""),
@@ -41,8 +42,8 @@ class Diff:
     def reordered(self, order: Tensor) -> Diff:
         return Diff(self.value[order])
 
-    def compose(self, running: Segment, strength: float, first: int) -> Segment:
-        return dataclasses.replace(running, dense=(*running.dense, Dense(self.value, strength, first)))
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        return (Add(0, running.shape[0], Dense(self.value), strength),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +66,9 @@ class Assign:
     def reordered(self, order: Tensor) -> Assign:
         return Assign(self.value[order])
 
-    def compose(self, running: Segment, strength: float, first: int) -> Segment:
-        return dataclasses.replace(running, left=-1.0, terms=(), dense=(Dense(self.value, 1.0, first),))
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        rows = running.shape[0]
+        return Left(0, rows, Uniform(-1.0)), Add(0, rows, Dense(self.value), 1.0)
 
 
 def read_dense(name: str, tensors: Mapping[str, Tensor]) -> Diff | Assign | None:

@@ -8,9 +8,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lib_precision_lora.adapters.adapter import Adapter
-from lib_precision_lora.adapters.diff import Assign, Diff, make_assign, make_diff
-from lib_precision_lora.adapters.lora import LoRA, make_lora
+from lib_precision_lora.adapters.diff import Assign, Diff
+from lib_precision_lora.adapters.dora import DoRA
+from lib_precision_lora.adapters.lora import LoRA
+from lib_precision_lora.adapters.reader import read_module
+
+_ROLES = {
+    "lora": ("lora_up", "lora_down", "alpha", "lora_mid", "dora_scale"),
+    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+    "lokr": (
+        "lokr_w1",
+        "lokr_w2",
+        "alpha",
+        "lokr_w1_a",
+        "lokr_w1_b",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "lokr_t2",
+        "dora_scale",
+    ),
+    "diff": ("diff",),
+    "set": ("set_weight",),
+}
+"""The host's kinds → the roles of their tensors, in the host's order. Its GLoRA with a DoRA scale, and
+kinds of other extensions, are not among them."""
 
 
 class ForgePatch(tuple[Any, ...]):
@@ -31,7 +55,8 @@ def to_forge_patch(adapter: Adapter) -> ForgePatch:
     elif isinstance(adapter, Diff):
         patch = ForgePatch(("diff", (adapter.value,)))
     else:
-        patch = ForgePatch((adapter.kind, (adapter,)))
+        kind = adapter.inner.kind if isinstance(adapter, DoRA) else adapter.kind
+        patch = ForgePatch((kind, (adapter,)))
     patch.adapter = adapter
     return patch
 
@@ -46,11 +71,10 @@ def from_forge_patch(name: str, value: Any) -> Adapter | None:
     if not isinstance(value, tuple) or len(value) not in (1, 2):
         return None
     kind, content = ("diff", value) if len(value) == 1 else value
-    if kind == "lora" and content[4] is None:
-        up, down, alpha, mid, _ = content
-        return make_lora(name, up, down, None if alpha is None else float(alpha), mid)
-    if kind == "diff":
-        return make_diff(name, content[0])
-    if kind == "set":
-        return make_assign(name, content[0])
-    return None
+    if kind not in _ROLES:
+        return None
+    tensors = {role: part for role, part in zip(_ROLES[kind], content, strict=True) if part is not None}
+    if "alpha" in tensors:
+        tensors["alpha"] = torch.as_tensor(tensors["alpha"])
+    weight, _, _ = read_module(name, tensors)
+    return weight

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
-from lib_precision_lora.adapters.terms import LowRank, Segment
+from lib_precision_lora.adapters.additive import add_term, read_alpha, require_shape
+from lib_precision_lora.adapters.steps import Running, Step
+from lib_precision_lora.adapters.terms import LowRank
 
 SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_up.weight": ("lora_up", "kohya"),
@@ -28,7 +30,6 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_linear_layer.up.weight": ("lora_up", "diffusers text encoder"),
     ".lora_linear_layer.down.weight": ("lora_down", "diffusers text encoder"),
     ".alpha": ("alpha", ""),
-    ".dora_scale": ("dora_scale", ""),
 }
 """Key endings of a file → (what the tensor is, the layout that writes it so)."""
 
@@ -54,19 +55,17 @@ class LoRA:
         return self.up, self.down
 
     def check(self, shape: tuple[int, ...]) -> None:
-        rows, columns = shape[0], math.prod(shape[1:])
-        if len(shape) < 2 or (self.up.shape[0], self.down.shape[1]) != (rows, columns):
-            raise AdapterError(
-                f"the factors make a {self.up.shape[0]}×{self.down.shape[1]} matrix, "
-                f"the layer's weight is {'×'.join(map(str, shape))}: the file was trained on another model"
-            )
+        require_shape(self.up.shape[0], self.down.shape[1], shape)
 
     def reordered(self, order: Tensor) -> LoRA:
         return dataclasses.replace(self, up=self.up[order])
 
-    def compose(self, running: Segment, strength: float, first: int) -> Segment:
-        term = LowRank(self.up, self.down, strength * self.scale, first)
-        return dataclasses.replace(running, terms=(*running.terms, term))
+    @property
+    def term(self) -> LowRank:
+        return LowRank(self.up, self.down)
+
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        return add_term(self, running, strength)
 
 
 def make_lora(
@@ -100,20 +99,17 @@ def make_lora(
 
 
 def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:
-    """The LoRA among one layer's tensors, by role; None where there is none, or a DoRA.
+    """The LoRA among one layer's tensors, by role; None where there is none.
 
     Raises `AdapterError` for half a LoRA and for what `make_lora` refuses.
     """
     up, down = tensors.get("lora_up"), tensors.get("lora_down")
-    if (up is None and down is None) or "dora_scale" in tensors:
+    if up is None and down is None:
         return None
     if up is None or down is None:
         missing = "lora_up" if up is None else "lora_down"
         raise AdapterError(f"{name}: {missing} is missing, the file is incomplete")
-    alpha = tensors.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise AdapterError(f"{name}: alpha has {alpha.numel()} values, it must be one number")
-    return make_lora(name, up, down, None if alpha is None else float(alpha), tensors.get("lora_mid"))
+    return make_lora(name, up, down, read_alpha(name, tensors), tensors.get("lora_mid"))
 
 
 def fold_tucker_core(name: str, mid: Tensor, down: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lib_precision_lora.adapters import diff, lora
+from lib_precision_lora.adapters import diff, dora, glora, ia3, loha, lokr, lora, oft
 from lib_precision_lora.adapters.adapter import Adapter
+from lib_precision_lora.adapters.additive import Additive
 from lib_precision_lora.adapters.target import Target
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {**lora.SUFFIXES, **diff.SUFFIXES}
-_ROLES: Mapping[str, frozenset[str]] = {
-    "lora": frozenset({"lora_up", "lora_down", "lora_mid", "alpha"}),
-    "diff": frozenset({"diff", "alpha"}),
-    "set": frozenset({"set_weight", "alpha"}),
+SUFFIXES: Mapping[str, tuple[str, str]] = {
+    ".weight": ("weight", ""),
+    **{
+        ending: role
+        for family in (lora, dora, loha, lokr, glora, ia3, oft, diff)
+        for ending, role in family.SUFFIXES.items()
+    },
 }
-"""Kind of adapter → the tensors of a layer that go into it."""
-
 _BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
 
@@ -65,19 +66,50 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
             continue
         roles = {SUFFIXES[key[len(name) :]][0]: key for key in keys if key != name}
         tensors = {role: state_dict[key] for role, key in roles.items()}
-        weight = lora.read_lora(name, tensors) or diff.read_dense(name, tensors)
-        bias = diff.read_bias(name, tensors)
+        weight, bias, used = read_module(name, tensors)
         if weight is not None:
             adapters[target.name] = weight
         if bias is not None:
             adapters[target.bias().name] = bias
-        used = _ROLES[weight.kind] if weight is not None else frozenset()
-        understood = {key for role, key in roles.items() if role in used or role == "diff_b"}
-        unmatched.extend(key for key in keys if key not in understood)
-        layouts.update(SUFFIXES[key[len(name) :]][1] for key in keys if key != name)
+        for key in keys:
+            role, layout = SUFFIXES.get(key[len(name) :], ("", ""))
+            if role in used:
+                layouts[layout] += 1
+            else:
+                unmatched.append(key)
     del layouts[""]
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
     return AdapterFile(adapters, tuple(unmatched), layout)
+
+
+def read_module(
+    name: str, tensors: Mapping[str, Tensor]
+) -> tuple[Adapter | None, Adapter | None, frozenset[str]]:
+    """One layer's tensors, by role → the adapters of its weight and of its bias, and the roles they used.
+
+    Raises `AdapterError` for a damaged one.
+    """
+    bias: Adapter | None = diff.read_bias(name, tensors)
+    used = {"diff_b"} if bias is not None else set()
+    additive: Additive | None = (
+        lora.read_lora(name, tensors) or loha.read_loha(name, tensors) or lokr.read_lokr(name, tensors)
+    )
+    if additive is not None:
+        weight = dora.decompose(name, additive, tensors, additive.term.size[0])
+        families: tuple[Any, ...] = (lora, loha, lokr, dora)
+        return (
+            weight,
+            bias,
+            frozenset(used | {role for family in families for role, _ in family.SUFFIXES.values()}),
+        )
+    scale, scaled_bias = ia3.read_ia3(name, tensors)
+    if scale is not None:
+        return scale, bias or scaled_bias, frozenset(used | {"ia3_l", "on_input", "weight"})
+    for read, family in ((oft.read_oft, oft), (glora.read_glora, glora), (diff.read_dense, diff)):
+        found: Adapter | None = read(name, tensors)
+        if found is not None:
+            return found, bias, frozenset(used | {"alpha"} | {role for role, _ in family.SUFFIXES.values()})
+    return None, bias, frozenset(used)
 
 
 def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -1,84 +1,133 @@
-"""The terms of an effective weight, as plain values.
+"""What is added to a weight: low-rank, Kronecker, Hadamard and dense terms, as plain values.
 
-    W_eff[start:stop] = L · W0[start:stop] + Σ scaleᵢ · upᵢ · downᵢ + Σ scaleⱼ · Dⱼ
-
-Every adapter composes itself into these. They hold tensors of the file as they are (no copies, file
-precision) and the strengths as separate numbers, so that a change of strength touches no tensor.
+Each holds tensors of the file as they are (no copies, file precision); strengths stay apart from them.
+`rows` materializes a part of a term, for norms, tests and reports, never in a forward.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """`scale · up[first : first + height] · down`, over a segment of `height` rows.
-
-    up: [≥ first + height, rank]; down: [rank, columns], where columns is the product of the weight's
-    trailing dimensions (kernel included).
-    """
+    """`up · down`; up: [rows, rank], down: [rank, columns], columns with the kernel."""
 
     up: Tensor
     down: Tensor
-    scale: float
-    first: int = 0
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.up, self.down
+
+    def reordered(self, order: Tensor) -> LowRank:
+        return LowRank(self.up[order], self.down)
+
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """These rows, all columns: [rows, columns]."""
+        return self.up[numbers].to(dtype) @ self.down.to(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """`left ⊗ right`, never expanded: y[(a p)] = Σ left[a, b] · right[p, q] · x[(b q)].
+
+    left: [a, b]; right: the product of its factors, [p, r] and [r, q, *kernel], or [p, q, *kernel] alone.
+    """
+
+    left: Tensor
+    right: tuple[Tensor, ...]
+
+    @property
+    def height(self) -> int:
+        """p, the rows of the right factor."""
+        return self.right[0].shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        width = math.prod(self.right[-1].shape[1:])
+        return self.left.shape[0] * self.height, self.left.shape[1] * width
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left, *self.right
+
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """These rows, all columns: [rows, b · q · kernel]."""
+        left = self.left.to(dtype)[numbers // self.height]
+        first = self.right[0].to(dtype)
+        if len(self.right) == 2:
+            first = (first @ self.right[1].flatten(1).to(dtype)).view(-1, *self.right[1].shape[1:])
+        right = first.flatten(1)[numbers % self.height]
+        return (left[:, :, None] * right[:, None, :]).flatten(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hadamard:
+    """`(a1 · b1) ∘ (a2 · b2)`, made in row blocks as it is needed; a: [rows, r], b: [r, columns]."""
+
+    a1: Tensor
+    b1: Tensor
+    a2: Tensor
+    b2: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.a1.shape[0], self.b1.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a1, self.b1, self.a2, self.b2
+
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """These rows, all columns: [rows, columns]."""
+        first = self.a1[numbers].to(dtype) @ self.b1.to(dtype)
+        return first * (self.a2[numbers].to(dtype) @ self.b2.to(dtype))
+
+    def reordered(self, order: Tensor) -> Hadamard:
+        return Hadamard(self.a1[order], self.b1, self.a2[order], self.b2)
+
+    def cheapest(self) -> LowRank | Hadamard:
+        """The Khatri-Rao factors, of rank r₁ · r₂, while they multiply less than a dense matrix would."""
+        rows, columns = self.size
+        rank = self.b1.shape[0] * self.b2.shape[0]
+        if rank * (rows + columns) >= rows * columns:
+            return self
+        up = (self.a1.float()[:, :, None] * self.a2.float()[:, None, :]).flatten(1)
+        down = (self.b1.float()[:, None, :] * self.b2.float()[None, :, :]).flatten(0, 1)
+        return LowRank(up, down)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """`scale · value[first : first + height]`, over a segment of `height` rows.
-
-    value: [≥ first + height, …], trailing dimensions as the weight's.
-    """
+    """A whole tensor, of the weight's shape."""
 
     value: Tensor
-    scale: float
-    first: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Segment:
-    """Rows [start, stop) of one effective weight: `(1 + left) · W0 + Σ terms + Σ dense`.
-
-    left: the deviation dL of L = (1 + dL) · I, a number kept in double precision; 0 leaves W0 as it is
-    and −1 takes it away.
-    """
-
-    start: int
-    stop: int
-    left: float = 0.0
-    terms: tuple[LowRank, ...] = ()
-    dense: tuple[Dense, ...] = ()
 
     @property
-    def is_identity(self) -> bool:
-        return self.left == 0.0 and not self.terms and not self.dense
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.value.shape[0], math.prod(self.value.shape[1:])
 
-    def scaled(self, factor: float) -> Segment:
-        """`factor · W`: what a host's `strength_model` does to the running weight."""
-        return dataclasses.replace(
-            self,
-            left=(1.0 + self.left) * factor - 1.0,
-            terms=tuple(dataclasses.replace(term, scale=term.scale * factor) for term in self.terms),
-            dense=tuple(dataclasses.replace(term, scale=term.scale * factor) for term in self.dense),
-        )
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.value,)
 
-    def split(self, row: int) -> tuple[Segment, Segment]:
-        """The same weight as two segments that meet at `row` (start < row < stop)."""
-        upper = dataclasses.replace(self, stop=row)
-        shift = row - self.start
-        lower = dataclasses.replace(
-            self,
-            start=row,
-            terms=tuple(dataclasses.replace(term, first=term.first + shift) for term in self.terms),
-            dense=tuple(dataclasses.replace(term, first=term.first + shift) for term in self.dense),
-        )
-        return upper, lower
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """These rows, all columns: [rows, columns]."""
+        rows = self.value[numbers].to(dtype)
+        return rows.reshape(rows.shape[0], math.prod(self.value.shape[1:]))
+
+
+Term = LowRank | Kronecker | Hadamard | Dense

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lib_precision_lora.adapters import Adapter, AdapterError, row_order
-from lib_precision_lora.branch.conv import ConvBranch
+from lib_precision_lora.branch.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.embedding import EmbeddingBranch
 from lib_precision_lora.branch.linear import LinearBranch
+from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.norm import NormBranch
 from lib_precision_lora.branch.patch import Patch, PatchError
 from lib_precision_lora.branch.product import Compute
@@ -41,9 +42,7 @@ class Branch(Protocol):
 class WeightBranchKind(Protocol):
     """Linear, conv or embedding: made from the effective weight and bias of one module."""
 
-    def __call__(
-        self, weight: EffectiveWeight | None, bias: EffectiveWeight | None, compute: Compute
-    ) -> Branch: ...
+    def __call__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> Branch: ...
 
 
 WEIGHT_BRANCHES: Mapping[str, WeightBranchKind] = {
@@ -79,11 +78,15 @@ class Reordered:
 
 
 def effective_weights(
-    model: nn.Module, patches: Iterable[Patch], reordered: Reordered, shadows: Iterable[Shadow] = ()
+    model: nn.Module,
+    patches: Iterable[Patch],
+    reordered: Reordered,
+    memo: Memo,
+    shadows: Iterable[Shadow] = (),
 ) -> dict[str, tuple[Site, EffectiveWeight]]:
     """The effective weight of every parameter that a patch changes, by name.
 
-    shadows: those that stand in the model now.
+    shadows: those that stand in the model now; memo: what former stacks have read from the base.
     Raises `PatchError`, naming file and layer, for a patch that does not fit.
     """
     weights: dict[str, tuple[Site, EffectiveWeight]] = {}
@@ -94,7 +97,10 @@ def effective_weights(
         try:
             if name not in weights:
                 site = find_site(model, name, shadows)
-                weights[name] = site, EffectiveWeight.identity(stored_weight(site.parameter, site.module))
+                weights[name] = (
+                    site,
+                    EffectiveWeight.identity(stored_weight(site.parameter, site.module), memo, name),
+                )
             site, running = weights[name]
             rows = patch.target.rows[1] if patch.target.rows else running.stored.shape[0]
             if patch.base_factor != 1.0:
@@ -136,4 +142,9 @@ def _make_branch(
             weight = EffectiveWeight.identity(stored_weight(site.module.weight, site.module))  # type: ignore[arg-type]
         except StorageError as error:
             raise PatchError(f"layer {path}.weight: {error}") from error
-    return WEIGHT_BRANCHES[site.kind](weight, bias, compute)
+    try:
+        if site.kind == "conv":
+            require_conv_form(site.module, weight)
+        return WEIGHT_BRANCHES[site.kind](weight, bias, compute)
+    except AdapterError as error:
+        raise PatchError(f"layer {path}.weight: {error}") from error

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lib_precision_lora.adapters.adapter import AdapterError
+from lib_precision_lora.adapters.operators import Chain, Diagonal, Operator, Uniform
+from lib_precision_lora.adapters.steps import Add, Left, Turn
+from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.linear import mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import Product, SingleProduct
 from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
@@ -37,42 +45,102 @@ class ConvBranch(WeightBranch):
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
         for group in range(module.groups):
-            x_group = x[group * width : (group + 1) * width]
-            hidden = None
-            if operands.stack is not None:
-                down = operands.stack.down.view(-1, width, *module.kernel_size)
-                hidden = convolve(module, operands.product, x_group, down) * operands.scale
+            given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
+            add_rows(operands, given, positions, module.bias, (group * height, (group + 1) * height))
 
-            def through_dense(rows: Tensor, x_group: Tensor = x_group) -> Tensor:
-                return convolve(module, SingleProduct(), x_group, rows)
 
-            window = (group * height, (group + 1) * height)
-            add_rows(operands, hidden, positions, module.bias, through_dense, window)
+class ConvInput:
+    """One sample, [in, …], of which `channels` is the group at hand (`rows.BranchInput`)."""
+
+    def __init__(self, module: Conv, operands: Operands, x: Tensor, channels: slice) -> None:
+        self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
+
+    def hidden(self) -> Tensor | None:
+        stack, scale = self.operands.stack, self.operands.scale
+        if stack is None or scale is None:
+            return None
+        down = stack.down.view(-1, self.x.shape[0], *self.module.kernel_size)
+        return positions(convolve(self.module, self.operands.product, self.x[None], down)) * scale
+
+    def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
+        weight = rows.to(self.x.device).view(-1, self.x.shape[0], *self.module.kernel_size)
+        return positions(convolve(self.module, SingleProduct(), self._turned(turns)[None], weight))
+
+    def kronecker(self, term: Kronecker, turns: Sequence[Turn]) -> Tensor:
+        """The b slices of the input channels run as a batch, then `left` mixes them."""
+        *outer, kernel = term.right
+        slices = self._turned(turns).reshape(term.left.shape[1], -1, *self.x.shape[1:])
+        weight = kernel.view(kernel.shape[0], slices.shape[1], *self.module.kernel_size)
+        inner = convolve(self.module, SingleProduct(), slices, weight).flatten(2).permute(2, 0, 1)
+        for factor in outer:
+            inner = SingleProduct()(functional.linear, inner, factor, (-1,))
+        return mix_left(term, inner)
+
+    def base(self, turns: Sequence[Turn]) -> Tensor:
+        shift = self._turn(turns).to(self.sample.dtype)
+        y = positions(self.module.forward(shift[None]).float())
+        return y if self.module.bias is None else y - self.module.bias.to(y)
+
+    def _turn(self, turns: Sequence[Turn]) -> Tensor:
+        by_channel = [(channelwise(operator, self.x.shape[0]), factor) for operator, factor in turns]
+        return turn(self.x.float().movedim(0, -1), by_channel).movedim(-1, 0)
+
+    def _turned(self, turns: Sequence[Turn]) -> Tensor:
+        return self.x.float() + self._turn(turns) if turns else self.x
+
+
+def require_conv_form(module: nn.Module, weight: EffectiveWeight) -> None:
+    """Raise `AdapterError` for what has no branch on a convolution.
+
+    Rotated inputs mix positions of the kernel; turned outputs of a grouped convolution mix groups.
+    """
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
+    turns += [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
+    if any(operator.mixes for operator, _ in turns):
+        raise AdapterError("a rotation of the inputs of a convolution is not supported")
+    turned = any(isinstance(step, Left) for step in weight.steps) or any(p.turns for p in weight.pieces)
+    if turned and getattr(module, "groups", 1) > 1:
+        raise AdapterError("scaled or rotated weights of a grouped convolution are not supported")
+
+
+def channelwise(operator: Operator, channels: int) -> Operator:
+    """A scale of columns [in · kernel] as one of channels [in]."""
+    if isinstance(operator, Diagonal):
+        return Diagonal(operator.values.view(channels, -1)[:, 0])
+    if isinstance(operator, Chain):
+        return Chain(tuple(channelwise(part, channels) for part in operator.parts))
+    assert isinstance(operator, Uniform)
+    return operator
+
+
+def positions(y: Tensor) -> Tensor:
+    """One sample's outputs by position: [1, n, …] → [positions, n]."""
+    return y[0].flatten(1).T
 
 
 def convolve(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tensor:
     """`conv(x, weight)` in fp32, without bias, as the module would; input channels in bounded blocks.
 
-    x: [in, …] of one group; weight: [n, in, *kernel]; returns [positions, n].
+    x: [B, in, …] of one group; weight: [n, in, *kernel]; returns [B, n, …].
     """
     padding: str | tuple[int, ...] = module.padding
     if module.padding_mode != "zeros":
-        x = functional.pad(x[None], module._reversed_padding_repeated_twice, mode=module.padding_mode)[0]
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         padding = (0,) * len(module.kernel_size)
 
     def op(x: Tensor, w: Tensor) -> Tensor:
         conv = _CONVOLVE[len(module.kernel_size)]
         return conv(x, w, None, module.stride, padding, module.dilation)
 
-    channels = max(1, WORKSPACE_BYTES // (8 * max(1, x[0].numel())))
-    axes = tuple(range(1, x.ndim + 1))
+    channels = max(1, WORKSPACE_BYTES // (8 * max(1, x[:, 0].numel())))
+    axes = tuple(range(1, x.ndim))
     result: Tensor | None = None
-    for start in range(0, x.shape[0], channels):
+    for start in range(0, x.shape[1], channels):
         part = slice(start, start + channels)
-        block = product(op, x[None, part], weight[:, part], axes)
+        block = product(op, x[:, part], weight[:, part], axes)
         result = block if result is None else result.add_(block)
     assert result is not None
-    return result[0].flatten(1).T
+    return result
 
 
 def _positions_are_flat(y: Tensor, spatial: int) -> bool:

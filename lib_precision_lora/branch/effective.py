@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import Adapter, AdapterError
-from lib_precision_lora.adapters.terms import Segment
-from lib_precision_lora.branch.factors import half_factors
+from lib_precision_lora.adapters.operators import Uniform
+from lib_precision_lora.adapters.steps import Add, Left, Right, Step, Turn
+from lib_precision_lora.branch.identity import exact_identity
+from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.storage import StoredWeight
 
-ROW_BLOCK_BYTES = 16 * 2**20
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows [start, stop) of the base: `W0 · Π (I + f·dN)`, the turns in the order of the product."""
+
+    start: int
+    stop: int
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EffectiveWeight:
-    """`W_eff[s] = (1 + dL) · W0[s] + Σ scale · up · down + Σ scale · D` for each row segment s.
+    """`W_eff = stepₖ ∘ … ∘ step₁ (W0 · R)`, R by rows; `lib_precision_lora.adapters.steps` has the steps.
 
     The form is closed under `apply`, so a whole stack, in prompt order, is one such value. It refers to
     the tensors of the adapters and of the stored weight, and copies neither.
     """
 
     stored: StoredWeight
-    segments: tuple[Segment, ...]
+    pieces: tuple[Piece, ...]
+    steps: tuple[Add | Left, ...] = ()
+    memo: Memo = field(default_factory=Memo)
+    name: str = ""
 
     @classmethod
-    def identity(cls, stored: StoredWeight) -> EffectiveWeight:
-        """`W_eff = W0`."""
-        return cls(stored, (Segment(0, stored.shape[0]),))
+    def identity(cls, stored: StoredWeight, memo: Memo | None = None, name: str = "") -> EffectiveWeight:
+        """`W_eff = W0`. memo, name: where norms and products are kept from one stack to the next."""
+        return cls(stored, (Piece(0, stored.shape[0]),), (), memo or Memo(), name)
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.steps and not any(piece.turns for piece in self.pieces)
+
+    @property
+    def columns(self) -> int:
+        """The product of the weight's trailing dimensions, kernel included."""
+        return math.prod(self.stored.shape[1:])
 
     def apply(
         self, adapter: Adapter, strength: float = 1.0, rows: tuple[int, int] | None = None
@@ -45,15 +70,10 @@ class EffectiveWeight:
         if not math.isfinite(strength):
             raise AdapterError(f"the strength is {strength}, it must be a finite number")
         adapter.check((length, *self.stored.shape[1:]))
-        return EffectiveWeight(
-            self.stored,
-            tuple(
-                adapter.compose(segment, strength, segment.start - start)
-                if start <= segment.start < start + length
-                else segment
-                for segment in self._cut(start, start + length)
-            ),
-        )
+        result = self
+        for step in adapter.compose(RunningRows(self, start, length), strength):
+            result = result.then(dataclasses.replace(step, start=step.start + start, stop=step.stop + start))
+        return result
 
     def scaled(self, factor: float, rows: tuple[int, int] | None = None) -> EffectiveWeight:
         """`factor · W_eff`, on these rows: (start, length), all where None.
@@ -63,34 +83,10 @@ class EffectiveWeight:
         start, length = self._range(rows)
         if not math.isfinite(factor):
             raise AdapterError(f"the base weight's factor is {factor}, it must be a finite number")
-        return EffectiveWeight(
-            self.stored,
-            tuple(
-                segment.scaled(factor) if start <= segment.start < start + length else segment
-                for segment in self._cut(start, start + length)
-            ),
-        )
-
-    @property
-    def is_identity(self) -> bool:
-        return all(segment.is_identity for segment in self.segments)
-
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`W_eff − W0`, materialized; for tests, reports and vectors (never in a forward).
-
-        dtype: the arithmetic of the products. float16 is that of the branch's fp16 mode, fp16 products
-        with fp32 sums. The result is float32, or float64 for float64.
-        """
-        result = torch.float64 if dtype == torch.float64 else torch.float32
-        blocks = [
-            self._delta_rows(segment, start, stop, dtype, result)
-            for segment in self.segments
-            for start, stop in self._row_blocks(segment)
-        ]
-        return torch.cat(blocks)
+        return self.then(Left(start, start + length, Uniform(factor - 1.0)))
 
     def _range(self, rows: tuple[int, int] | None) -> tuple[int, int]:
-        """(start, length), checked."""
+        """(start, length) of the rows meant. Raises `AdapterError` where the weight does not have them."""
         start, length = rows if rows is not None else (0, self.stored.shape[0])
         if not 0 <= start < start + length <= self.stored.shape[0]:
             raise AdapterError(
@@ -98,47 +94,92 @@ class EffectiveWeight:
             )
         return start, length
 
-    def _cut(self, *rows: int) -> Iterator[Segment]:
-        """The segments, split wherever one of these rows lies inside of one."""
-        for segment in self.segments:
-            rest = segment
-            for row in rows:
-                if rest.start < row < rest.stop:
-                    upper, rest = rest.split(row)
-                    yield upper
-            yield rest
+    def then(self, step: Step) -> EffectiveWeight:
+        """This weight after one more step, its rows counted from the first of the weight."""
+        if not isinstance(step, Right):
+            return dataclasses.replace(self, steps=(*self.steps, step))
+        turn = step.operator, step.factor
+        pieces = [
+            dataclasses.replace(part, turns=(*part.turns, turn)) if inside else part
+            for piece in self.pieces
+            for part, inside in _cut(piece, step.start, step.stop)
+        ]
+        steps: list[Add | Left] = []
+        for earlier in self.steps:
+            if isinstance(earlier, Left):
+                _refuse_part_of_rotation(earlier, step)
+                steps.append(earlier)
+                continue
+            for addition, inside in _cut(earlier, step.start, step.stop):
+                turned = dataclasses.replace(addition, columns=(*addition.columns, turn))
+                steps.append(turned if inside else addition)
+        return dataclasses.replace(self, pieces=tuple(pieces), steps=tuple(steps))
 
-    def _row_blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
-        columns = math.prod(self.stored.shape[1:])
-        height = max(1, ROW_BLOCK_BYTES // (8 * columns))
-        for start in range(segment.start, segment.stop, height):
-            yield start, min(start + height, segment.stop)
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`W_eff − W0`, materialized; for tests, reports and vectors (never in a forward).
 
-    def _delta_rows(
-        self, segment: Segment, start: int, stop: int, dtype: torch.dtype, result: torch.dtype
-    ) -> Tensor:
-        shape = (stop - start, *self.stored.shape[1:])
-        delta = torch.zeros(shape, dtype=result, device=_device(segment))
-        for term in segment.terms:
-            first = term.first + start - segment.start
-            up, down = term.up[first : first + stop - start], term.down
-            if dtype == torch.float16:
-                product = half_factors(up, down).product()
-            else:
-                product = up.to(result) @ down.to(result)
-            delta += term.scale * product.reshape(shape)
-        for dense in segment.dense:
-            first = dense.first + start - segment.start
-            delta += dense.scale * dense.value[first : first + stop - start].to(delta)
-        if segment.left != 0.0:
-            delta += segment.left * self.stored.rows(start, stop, result).to(delta)
-        return delta
+        dtype: the arithmetic of the products. float16 is that of the branch's fp16 mode, fp16 products
+        with fp32 sums. The result is float32, or float64 for float64.
+        """
+        return Reader(self.stored, self.pieces, self.steps, dtype).delta().reshape(self.stored.shape)
 
 
-def _device(segment: Segment) -> torch.device:
-    """The device on which the adapters of a segment lie."""
-    for term in segment.terms:
-        return term.up.device
-    for dense in segment.dense:
-        return dense.value.device
-    return torch.device("cpu")
+@dataclass(frozen=True, slots=True, eq=False)
+class RunningRows:
+    """What an adapter sees of a running weight (`steps.Running`): rows [start, start + length)."""
+
+    weight: EffectiveWeight
+    start: int
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length, *self.weight.stored.shape[1:])
+
+    def row_squares(self, additions: Sequence[Add] = ()) -> Tensor:
+        return self._reader(additions).row_squares(self.start, self.start + self.length)
+
+    def column_squares(self, additions: Sequence[Add] = ()) -> Tensor:
+        return self._reader(additions).column_squares(self.start, self.start + self.length)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        return self._reader(()).times(self.start, self.start + self.length, matrix)
+
+    def remember(self, adapter: object, make: Callable[[], Tensor]) -> Tensor:
+        weight = self.weight
+        state = exact_identity(weight.pieces, weight.steps)
+        key = weight.name, weight.stored.kind, self.start, self.length, id(adapter), state
+        return weight.memo.recall(key, (adapter, weight.pieces, weight.steps), make)
+
+    def _reader(self, additions: Sequence[Add]) -> Reader:
+        shifted = [
+            dataclasses.replace(step, start=step.start + self.start, stop=step.stop + self.start)
+            for step in additions
+        ]
+        return Reader(self.weight.stored, self.weight.pieces, (*self.weight.steps, *shifted), torch.float32)
+
+
+Cuttable = TypeVar("Cuttable", Piece, Add)
+
+
+def _cut(part: Cuttable, start: int, stop: int) -> Iterator[tuple[Cuttable, bool]]:
+    """The part, cut at these rows; with each piece whether it lies between them."""
+    edges = sorted({part.start, part.stop, *(row for row in (start, stop) if part.start < row < part.stop)})
+    for low, high in pairwise(edges):
+        yield _rows_of(part, low, high), start <= low and high <= stop
+
+
+def _rows_of(part: Cuttable, low: int, high: int) -> Cuttable:
+    if isinstance(part, Piece):
+        return dataclasses.replace(part, start=low, stop=high)
+    shift = low - part.start
+    row_change = None if part.row_change is None else part.row_change[shift : shift + high - low]
+    return dataclasses.replace(part, start=low, stop=high, first=part.first + shift, row_change=row_change)
+
+
+def _refuse_part_of_rotation(earlier: Left, step: Right) -> None:
+    """A turn of inputs on a part of the rows that were rotated together has no exact form here."""
+    apart = step.stop <= earlier.start or earlier.stop <= step.start
+    whole = step.start <= earlier.start and earlier.stop <= step.stop
+    if earlier.operator.mixes and not apart and not whole:
+        raise AdapterError("it turns the inputs of a part of a layer that another adapter rotates as a whole")

@@ -1,37 +1,51 @@
-"""The branch of an embedding: `y += (scale · up[ids]) · down + Σ D[ids]`."""
+"""The branch of an embedding: rows of the effective weight, looked up by id instead of multiplied."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from lib_precision_lora.adapters.adapter import AdapterError
+from lib_precision_lora.adapters.steps import Add, Left
+from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import WeightBranch
-from lib_precision_lora.branch.product import SingleProduct
+from lib_precision_lora.branch.product import Compute
 
 
 class EmbeddingBranch(WeightBranch):
-    """Runs on the ids and the vectors of an embedding. Rows of its weight are looked up, not multiplied,
-    so there is nothing to gain from fp16 products: it computes in fp32 in every mode."""
+    """Runs on the ids and the vectors of an embedding, in fp32 in every mode, on the files' own factors."""
+
+    def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
+        if any(isinstance(step, Left) and step.operator.mixes for step in weight.steps):
+            raise AdapterError("a rotation of the vocabulary of an embedding is not supported")
+        super().__init__(weight, bias, compute)
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)` in y's memory; x: [...] ids, y: [..., dim]."""
-        operands = self.operands(y)
-        flat_ids, y = x.reshape(-1).to(y.device), y.contiguous()
-        vectors = y.view(-1, y.shape[-1])
-        for index, segment in enumerate(operands.segments):
-            inside = ((flat_ids >= segment.start) & (flat_ids < segment.stop)).nonzero().flatten()
-            rows = flat_ids[inside] - segment.start
-            delta = segment.left * vectors[inside].float()
-            up = operands.stack.ups[index] if operands.stack is not None else None
-            if up is not None and operands.stack is not None:
-                hidden = up.up[rows].float() * operands.scale[up.columns]
-                down = operands.stack.down[up.columns].float()
-                delta = delta + SingleProduct()(_times, hidden, down, (-1,))
-            for dense in segment.dense:
-                chosen = dense.value[dense.first + rows.to(dense.value.device)]
-                delta = delta + dense.scale * chosen.to(delta)
-            vectors[inside] = (vectors[inside].float() + delta).to(vectors.dtype)
+        ids, y = x.reshape(-1).to(y.device), y.contiguous()
+        vectors = y.view(-1, y.shape[-1]).float()
+        for piece in self.pieces:
+            inside = (ids >= piece.start) & (ids < piece.stop)
+            for operator, factor in piece.turns:
+                vectors[inside] += factor * operator.to(y.device).transposed(vectors[inside])
+        for step in self.steps:
+            inside = (ids >= step.start) & (ids < step.stop)
+            rows = (ids[inside] - step.start).cpu()
+            if isinstance(step, Add):
+                vectors[inside] += _added(step, rows).to(vectors)
+            else:
+                every_row = step.operator.deviation(torch.ones(step.stop - step.start))
+                vectors[inside] *= 1.0 + step.factor * every_row[rows, None].to(vectors)
+        y.view(-1, y.shape[-1]).copy_(vectors)
         return y
 
 
-def _times(x: Tensor, w: Tensor) -> Tensor:
-    return x @ w
+def _added(step: Add, rows: Tensor) -> Tensor:
+    """What a step adds to these of its rows: [rows, dim] fp32, on the factors' device."""
+    device = step.term.tensors()[0].device
+    added = step.term.rows((step.first + rows).to(device), torch.float32)
+    if step.row_change is not None:
+        added = added * (1.0 + step.row_change[rows, None].to(added))
+    for operator, factor in step.columns:
+        added = added + factor * operator.to(device).transposed(added)
+    return step.scale * added

@@ -31,6 +31,10 @@ class HalfFactors:
     down: Tensor
     scale: Tensor
 
+    def part(self, start: int, stop: int) -> HalfFactors:
+        """Rows [start, stop)."""
+        return HalfFactors(self.up[start:stop], self.down, self.scale)
+
     def product(self) -> Tensor:
         """`up · diag(scale) · down` with fp32 sums, [out, columns]."""
         return (self.up.float() * self.scale) @ self.down.float()

@@ -1,13 +1,17 @@
-"""The branch of a linear module: `y += (x · downᵀ · diag(scale)) · upᵀ + x · Dᵀ + b`, in token chunks."""
+"""The branch of a linear module: `y += (x · downᵀ · diag(scale)) · upᵀ + …`, in token chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lib_precision_lora.branch.operands import WeightBranch
+from lib_precision_lora.adapters.steps import Turn
+from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import SingleProduct
 from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
 
@@ -23,15 +27,54 @@ class LinearBranch(WeightBranch):
         rank = 0 if operands.stack is None else operands.stack.down.shape[0]
         tokens = max(1, WORKSPACE_BYTES // (4 * (2 * x.shape[-1] + 2 * y.shape[-1] + 3 * rank)))
         for x_chunk, y_chunk in token_chunks(x, y, tokens):
-            hidden = None
-            if operands.stack is not None:
-                hidden = operands.product(linear, x_chunk, operands.stack.down, (-1,)) * operands.scale
-
-            def through_dense(rows: Tensor, x_chunk: Tensor = x_chunk) -> Tensor:
-                return SingleProduct()(linear, x_chunk, rows, (-1,))
-
-            add_rows(operands, hidden, y_chunk, bias, through_dense)
+            given = LinearInput(module, operands, x_chunk)
+            add_rows(operands, given, y_chunk, bias, (0, y.shape[-1]))
         return y
+
+
+class LinearInput:
+    """One chunk of tokens, [tokens, in] (`rows.BranchInput`)."""
+
+    def __init__(self, module: Any, operands: Operands, x: Tensor) -> None:
+        self.module, self.operands, self.x = module, operands, x
+
+    def hidden(self) -> Tensor | None:
+        stack, scale = self.operands.stack, self.operands.scale
+        if stack is None or scale is None:
+            return None
+        return self.operands.product(linear, self.x, stack.down, (-1,)) * scale
+
+    def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
+        return SingleProduct()(linear, turned(self.x.float(), turns), rows.to(self.x.device), (-1,))
+
+    def kronecker(self, term: Kronecker, turns: Sequence[Turn]) -> Tensor:
+        inner = turned(self.x.float(), turns).view(self.x.shape[0], term.left.shape[1], -1)
+        for factor in reversed(term.right):
+            inner = SingleProduct()(linear, inner, factor, (-1,))
+        return mix_left(term, inner)
+
+    def base(self, turns: Sequence[Turn]) -> Tensor:
+        y: Tensor = self.module.forward(turn(self.x.float(), turns).to(self.x.dtype)).float()
+        bias = getattr(self.module, "bias", None)
+        return y if bias is None else y - bias.to(y)
+
+
+def mix_left(term: Kronecker, inner: Tensor) -> Tensor:
+    """`Σ left[a, b] · inner[:, b, p]`: [tokens, a · p]; inner: [tokens, b, p] fp32."""
+    return torch.einsum("ab,tbp->tap", term.left.float(), inner).flatten(1)
+
+
+def turn(x: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """`N₁ N₂ … x − x` for turns (N₁, N₂, …), the last acting first; x: [..., columns] fp32."""
+    total = torch.zeros_like(x)
+    for operator, factor in reversed(turns):
+        total = total + factor * operator.deviation(x + total)
+    return total
+
+
+def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """`N₁ N₂ … x`; x: [..., columns] fp32."""
+    return x + turn(x, turns) if turns else x
 
 
 def token_chunks(x: Tensor, y: Tensor, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

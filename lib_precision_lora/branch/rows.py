@@ -1,21 +1,23 @@
 """The output side of a branch, shared by linear and convolutional modules: rows are output channels.
 
-    y[:, s] += hidden[:, columns] · upᵀ + x * D[s] + b[s]
-    y[:, s]  = (y[:, s] − bias) · (1 + dL) + bias + the same, where dL ≠ 0
+    plain:   y[:, s] += hidden[:, columns] · upᵀ + others + b
+    turned:  z = (y − bias) + W0 (R − I) x;  then phase by phase  z ← L z + additions;  y = z + bias + b
 
 All parts are summed in fp32 and meet y in one rounding, block by block in y's own memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lib_precision_lora.adapters.terms import Segment
-from lib_precision_lora.branch.operands import Operands
+from lib_precision_lora.adapters.steps import Add, Turn
+from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.operands import Operands, RowRange
 
 WORKSPACE_BYTES = 32 * 2**20
 """What the fp32 copies of one block of an activation may take together."""
@@ -24,34 +26,67 @@ DENSE_BLOCK_BYTES = 8 * 2**20
 """Largest block of a dense remainder that is brought to fp32 at a time."""
 
 
+class BranchInput(Protocol):
+    """The input side, of one block of tokens (or of the positions of one sample)."""
+
+    def hidden(self) -> Tensor | None:
+        """`x · downᵀ · diag(scale)`: [tokens, total rank] fp32; None without a stack."""
+        ...
+
+    def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
+        """`x' * rows`: [tokens, rows] fp32, x' the turned input; rows: [rows, …] fp32."""
+        ...
+
+    def kronecker(self, term: Kronecker, turns: Sequence[Turn]) -> Tensor:
+        """`x' * (left ⊗ right)`: [tokens, a · p] fp32."""
+        ...
+
+    def base(self, turns: Sequence[Turn]) -> Tensor:
+        """`W0 (R − I) x`, without the bias: [tokens, out], one more pass through the module."""
+        ...
+
+
 def add_rows(
-    operands: Operands,
-    hidden: Tensor | None,
-    y: Tensor,
-    bias: Tensor | None,
-    dense_product: Callable[[Tensor], Tensor],
-    window: tuple[int, int] | None = None,
+    operands: Operands, given: BranchInput, y: Tensor, bias: Tensor | None, window: tuple[int, int]
 ) -> None:
     """The branch on one block of tokens, in place.
 
-    hidden: [tokens, total rank] fp32; y: [tokens, out], any strides; bias: [out], the module's own;
-    dense_product: rows of D, [rows, …] fp32 → their output, [tokens, rows] fp32;
-    window: the output rows to treat (one group of a grouped convolution), all where None.
+    y: [tokens, out], any strides; bias: [out], the module's own; window: the output rows to treat (one
+    group of a grouped convolution, else all).
     """
-    window = window or (0, y.shape[1])
-    for index, segment in enumerate(operands.segments):
-        up = operands.stack.ups[index] if operands.stack is not None else None
-        if up is None and not segment.dense and segment.left == 0.0 and operands.bias is None:
-            continue
-        inner = hidden[:, up.columns] if up is not None and hidden is not None else None
-        for start, stop in _blocks(segment, y.shape[0], window):
-            delta = _dense_delta(segment, start, stop, y.device, dense_product)
-            if inner is not None and up is not None:
-                delta = delta + operands.product(linear, inner, up.up[start:stop], (-1,))
-            rows = slice(segment.start + start, segment.start + stop)
-            if operands.bias is not None:
-                delta = delta + operands.bias[rows]
-            _add(y[:, rows], delta, segment.left, None if bias is None else bias[rows])
+    hidden = given.hidden()
+    if operands.plain:
+        for row_range in operands.phases[0].ranges:
+            if row_range.up is None and not row_range.others and operands.bias is None:
+                continue
+            for start, stop in _blocks(row_range, y.shape[0], window):
+                delta = _additions(operands, row_range, start, stop, hidden, given)
+                if operands.bias is not None:
+                    delta = delta + operands.bias[start:stop]
+                accumulate(y[:, start:stop], delta)
+        return
+    _add_turned(operands, given, hidden, y, bias)
+
+
+def _add_turned(
+    operands: Operands, given: BranchInput, hidden: Tensor | None, y: Tensor, bias: Tensor | None
+) -> None:
+    offset: Tensor | float = 0.0 if bias is None else bias.to(device=y.device, dtype=torch.float32)
+    z = y.float() - offset
+    for piece in operands.pieces:
+        if piece.turns:
+            rows = slice(piece.start, piece.stop)
+            z[:, rows] += given.base(piece.turns)[:, rows]
+    for phase in operands.phases:
+        for left in phase.lefts:
+            rows = slice(left.start, left.stop)
+            z[:, rows] += left.factor * left.operator.deviation(z[:, rows])
+        for row_range in phase.ranges:
+            for start, stop in _blocks(row_range, y.shape[0], (0, y.shape[1])):
+                z[:, start:stop] += _additions(operands, row_range, start, stop, hidden, given)
+    if operands.bias is not None:
+        offset = offset + operands.bias
+    y.copy_(z + offset)
 
 
 def accumulate(y: Tensor, delta: Tensor | float) -> None:
@@ -65,31 +100,45 @@ def accumulate(y: Tensor, delta: Tensor | float) -> None:
         y.copy_(y.float() + delta)
 
 
-def _add(y: Tensor, delta: Tensor | float, left: float, bias: Tensor | None) -> None:
-    if left == 0.0:
-        accumulate(y, delta)
-        return
-    offset = 0.0 if bias is None else bias.to(device=y.device, dtype=torch.float32)
-    y.copy_((y.float() - offset) * (1.0 + left) + offset + delta)
-
-
-def _dense_delta(
-    segment: Segment, start: int, stop: int, device: torch.device, dense_product: Callable[[Tensor], Tensor]
+def _additions(
+    operands: Operands,
+    row_range: RowRange,
+    start: int,
+    stop: int,
+    hidden: Tensor | None,
+    given: BranchInput,
 ) -> Tensor | float:
-    """`x * Σ scale · D[start:stop]`, or 0 without a dense remainder."""
+    """What is added to rows [start, stop) of a range: [tokens, stop − start] fp32, or 0."""
     delta: Tensor | float = 0.0
-    for dense in segment.dense:
-        rows = dense.value[dense.first + start : dense.first + stop].to(device).float()
-        delta = delta + dense.scale * dense_product(rows)
+    if row_range.up is not None and hidden is not None:
+        up = row_range.up[start - row_range.start : stop - row_range.start]
+        delta = operands.product(linear, hidden[:, row_range.columns], up, (-1,))
+    for step in row_range.others:
+        delta = delta + _other(step, start, stop, given)
     return delta
 
 
-def _blocks(segment: Segment, tokens: int, window: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Row ranges of the segment, within the window, whose output and part of D keep within their bounds."""
+def _other(step: Add, start: int, stop: int, given: BranchInput) -> Tensor:
+    """A dense or Kronecker addition to rows [start, stop) of the weight."""
+    first, last = step.first + start - step.start, step.first + stop - step.start
+    if isinstance(step.term, Kronecker):
+        part = given.kronecker(step.term, step.columns)[:, first:last]
+    else:
+        numbers = torch.arange(first, last, device=step.term.tensors()[0].device)
+        part = given.dense(step.term.rows(numbers, torch.float32), step.columns)
+    if step.row_change is not None:
+        part = part * (1.0 + step.row_change[start - step.start : stop - step.start].to(part))
+    return step.scale * part
+
+
+def _blocks(row_range: RowRange, tokens: int, window: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Parts of the range, within the window, whose output and part of D keep within their bounds."""
     height = WORKSPACE_BYTES // (8 * max(1, tokens))
-    for dense in segment.dense:
-        height = min(height, DENSE_BLOCK_BYTES // (4 * max(1, dense.value[0].numel())))
-    first = max(segment.start, window[0]) - segment.start
-    last = min(segment.stop, window[1]) - segment.start
+    for step in row_range.others:
+        if isinstance(step.term, Kronecker):
+            height = row_range.stop - row_range.start
+        else:
+            height = min(height, DENSE_BLOCK_BYTES // (4 * max(1, step.term.size[1])))
+    first, last = max(row_range.start, window[0]), min(row_range.stop, window[1])
     for start in range(first, last, max(1, height)):
         yield start, min(start + max(1, height), last)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_precision_lora.branch.compose import Branch, Reordered, effective_weights, make_attachments
+from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow
@@ -41,6 +42,7 @@ class PatchSession:
         self._model = weakref.ref(model)
         self._attached: dict[str, Attached] = {}
         self._reordered = Reordered()
+        self._memo = Memo()
 
     def apply(self, items: Sequence[PatchItem], compute: Compute = "auto") -> Applied:
         """Attach these files, each `(name, adapters, strength)`, in this order, instead of the former set.
@@ -54,7 +56,7 @@ class PatchSession:
     def apply_patches(self, patches: Sequence[Patch], compute: Compute = "auto") -> None:
         """`apply`, for patches whose parameters are resolved already."""
         shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
-        weights = effective_weights(self._living_model(), patches, self._reordered, shadows)
+        weights = effective_weights(self._living_model(), patches, self._reordered, self._memo, shadows)
         wanted = make_attachments(weights, compute)
         undo: Undo = []
         before = dict(self._attached)
@@ -68,6 +70,7 @@ class PatchSession:
                 step()
             raise
         self._reordered.keep_only(patches)
+        self._memo.keep_used()
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""

@@ -1,0 +1,56 @@
+"""Adapters that add one term to a weight: `W + strength · scale · term`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from lib_precision_lora.adapters.adapter import Adapter, AdapterError
+from lib_precision_lora.adapters.steps import Add, Running, Step
+from lib_precision_lora.adapters.terms import Term
+
+
+class Additive(Adapter, Protocol):
+    """LoRA, LoHa, LoKr: what a DoRA can decompose."""
+
+    @property
+    def term(self) -> Term: ...
+
+    @property
+    def scale(self) -> float: ...
+
+
+def add_term(adapter: Additive, running: Running, strength: float) -> tuple[Step, ...]:
+    """`W + strength · scale · term`."""
+    return (Add(0, running.shape[0], adapter.term, strength * adapter.scale),)
+
+
+def require_shape(rows: int, columns: int, shape: tuple[int, ...]) -> None:
+    """Raise `AdapterError` unless a term of [rows, columns] fits a weight of this shape."""
+    if len(shape) < 2 or (rows, columns) != (shape[0], math.prod(shape[1:])):
+        raise AdapterError(
+            f"the factors make a {rows}×{columns} matrix, the layer's weight is "
+            f"{'×'.join(map(str, shape))}: the file was trained on another model"
+        )
+
+
+def read_alpha(name: str, tensors: Mapping[str, Tensor]) -> float | None:
+    """The number in a layer's `alpha`, None where it has none. Raises `AdapterError` for anything else."""
+    alpha = tensors.get("alpha")
+    if alpha is None:
+        return None
+    if alpha.numel() != 1:
+        raise AdapterError(f"{name}: alpha has {alpha.numel()} values, it must be one number")
+    if not math.isfinite(float(alpha)):
+        raise AdapterError(f"{name}: alpha is {float(alpha)}; the file is damaged")
+    return float(alpha)
+
+
+def require_parts(name: str, tensors: Mapping[str, Tensor], *roles: str) -> None:
+    """Raise `AdapterError` naming the first of these tensors that a layer lacks."""
+    for role in roles:
+        if role not in tensors:
+            raise AdapterError(f"{name}: {role} is missing, the file is incomplete")

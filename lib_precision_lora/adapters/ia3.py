@@ -1,0 +1,79 @@
+"""(IA)³: `W' = diag(1 + v) · W` on outputs, or `W' = W · diag(1 + v)` on inputs.
+
+Source: arXiv 2205.05638. LyCORIS stores v (`weight`, `on_input`), PEFT stores l = 1 + v (`ia3_l`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.operators import Diagonal
+from lib_precision_lora.adapters.steps import Left, Right, Running, Step
+
+SUFFIXES: Mapping[str, tuple[str, str]] = {
+    ".on_input": ("on_input", "LyCORIS"),
+    ".ia3_l": ("ia3_l", "PEFT"),
+    ".ia3_l.default": ("ia3_l", "PEFT"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IA3:
+    """change: v, [out] or [in] fp32; on_input: which of the two. On a bias, outputs alone."""
+
+    change: Tensor
+    on_input: bool
+    kind: str = "ia3"
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.change,)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.on_input and len(shape) < 2:
+            raise AdapterError("a scale of inputs on a vector")
+        expected = shape[1] if self.on_input else shape[0]
+        if self.change.numel() != expected:
+            raise AdapterError(
+                f"the (IA)³ scale has {self.change.numel()} values, the layer has {expected} "
+                f"{'inputs' if self.on_input else 'outputs'}: the file was trained on another model"
+            )
+
+    def reordered(self, order: Tensor) -> IA3:
+        return self if self.on_input else dataclasses.replace(self, change=self.change[order])
+
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        rows = running.shape[0]
+        if self.on_input:
+            return (Right(0, rows, self._by_column(math.prod(running.shape[2:])), strength),)
+        return (Left(0, rows, Diagonal(self.change), strength),)
+
+    def _by_column(self, kernel: int) -> Diagonal:
+        return Diagonal(self.change if kernel == 1 else self.change.repeat_interleave(kernel))
+
+
+def read_ia3(name: str, tensors: Mapping[str, Tensor]) -> tuple[IA3 | None, IA3 | None]:
+    """The (IA)³ of a layer's weight, and of its bias, among its tensors by role.
+
+    PEFT scales the bias with the outputs, LyCORIS leaves it. Raises `AdapterError`: NaN, inf, no vector.
+    """
+    if "ia3_l" in tensors:
+        scale = as_float_factor(name, "ia3_l", tensors["ia3_l"])
+        require_finite(name, ia3_l=scale)
+        on_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 1
+        weight = IA3((scale.double() - 1.0).flatten().float(), on_input)
+        return weight, None if on_input else weight
+    if "on_input" in tensors and "weight" in tensors:
+        change = as_float_factor(name, "weight", tensors["weight"])
+        require_finite(name, weight=change)
+        return IA3(change.flatten().float(), bool(tensors["on_input"])), None
+    return None, None

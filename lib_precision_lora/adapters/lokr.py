@@ -1,0 +1,88 @@
+"""LoKr: `ΔW = alpha / rank · w1 ⊗ w2`, either factor whole or of low rank.
+
+Source: KronA (arXiv 2212.10650); LyCORIS (arXiv 2309.14859, section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.additive import add_term, read_alpha, require_parts, require_shape
+from lib_precision_lora.adapters.lora import fold_tucker_core
+from lib_precision_lora.adapters.steps import Running, Step
+from lib_precision_lora.adapters.terms import Dense, Kronecker
+
+ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+SUFFIXES: Mapping[str, tuple[str, str]] = {f".{role}": (role, "LyCORIS") for role in ROLES}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoKr:
+    """A Kronecker product, applied through its structure and never expanded.
+
+    rank: that of the factored part, None where both factors are whole (alpha then does not count).
+    """
+
+    term: Kronecker | Dense
+    scale: float
+    rank: int | None
+    kind: str = "lokr"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.term.tensors()
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        require_shape(*self.term.size, shape)
+
+    def reordered(self, order: Tensor) -> LoKr:
+        """Reordered rows have no Kronecker structure any more: the one layer concerned becomes dense."""
+        return dataclasses.replace(self, term=Dense(self.term.rows(order, torch.float32)))
+
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        return add_term(self, running, strength)
+
+
+def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
+    """The LoKr among one layer's tensors, by role; None where there is none.
+
+    w1: [a, b] or w1_a: [a, r] and w1_b: [r, b]; w2: [p, q, *kernel], or w2_a: [p, r] and
+    w2_b: [r, q · kernel], or with a core t2: [r, r, *kernel], w2_a: [r, p], w2_b: [r, q].
+    Raises `AdapterError`: a part is missing, factors that do not meet, NaN, inf.
+    """
+    if not any(role in tensors for role in ROLES):
+        return None
+    parts = {role: as_float_factor(name, role, tensors[role]) for role in ROLES if role in tensors}
+    require_finite(name, **parts)
+    rank: int | None = None
+    try:
+        if "lokr_w1" in parts:
+            left = parts["lokr_w1"]
+        else:
+            require_parts(name, parts, "lokr_w1_a", "lokr_w1_b")
+            rank = parts["lokr_w1_b"].shape[0]
+            left = parts["lokr_w1_a"].float() @ parts["lokr_w1_b"].float()
+        if "lokr_w2" in parts:
+            right: tuple[Tensor, ...] = (parts["lokr_w2"],)
+        else:
+            require_parts(name, parts, "lokr_w2_a", "lokr_w2_b")
+            rank = parts["lokr_w2_b"].shape[0]
+            if "lokr_t2" in parts:
+                core = fold_tucker_core(name, parts["lokr_t2"], parts["lokr_w2_b"])
+                right = (parts["lokr_w2_a"].T.float(), core)
+            else:
+                right = (parts["lokr_w2_a"], parts["lokr_w2_b"])
+        if len(right) == 2 and right[0].shape[1] != right[1].shape[0]:
+            raise AdapterError(
+                f"{name}: lokr_w2_a {list(right[0].shape)} and lokr_w2_b {list(right[1].shape)}"
+            )
+    except RuntimeError as error:
+        raise AdapterError(f"{name}: the factors of lokr_w1 do not meet ({error})") from error
+    alpha = read_alpha(name, tensors)
+    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    return LoKr(Kronecker(left.flatten(1) if left.ndim > 2 else left, right), scale, rank)

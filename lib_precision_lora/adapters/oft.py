@@ -1,0 +1,112 @@
+"""OFT and BOFT as LyCORIS trains them: rotations of the outputs, block by block.
+
+    Q = blocks − blocksᵀ        R = (I + Q) · (I − Q)⁻¹ = I + 2 Q (I − Q)⁻¹        (Cayley)
+    OFT    W'[k, m] = Σₙ R[k][n, m] · W[k, n]                     k the block
+    BOFT   W' = Bₘ · … · B₁ · W, each Bᵢ block-diagonal after a butterfly permutation
+    W' is multiplied with `rescale` by rows, where the file has it.
+
+Source: arXiv 2306.07280 (OFT), 2311.06243 (BOFT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.operators import Blocks, Chain, Diagonal, Operator
+from lib_precision_lora.adapters.steps import Left, Running, Step
+
+SUFFIXES: Mapping[str, tuple[str, str]] = {
+    ".oft_blocks": ("oft_blocks", "LyCORIS"),
+    ".rescale": ("rescale", "LyCORIS"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OFT:
+    """operator: the rotation (and rescale) of [out]; rows: out; block: the size of its blocks."""
+
+    operator: Operator
+    rows: int
+    block: int
+    kind: str
+
+    @property
+    def rank(self) -> int:
+        return self.block
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.operator.tensors()
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if shape[0] != self.rows:
+            raise AdapterError(
+                f"the {self.kind} blocks of {self.block} make {self.rows} outputs, the layer has {shape[0]}: "
+                "the file was trained on another model"
+            )
+
+    def reordered(self, order: Tensor) -> OFT:
+        raise AdapterError(f"{self.kind} on a layer whose rows the host reorders is not supported")
+
+    def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
+        return (Left(0, self.rows, self.operator, strength),)
+
+
+def read_oft(name: str, tensors: Mapping[str, Tensor]) -> OFT | None:
+    """The OFT or BOFT among a layer's tensors, by role; None where there is none.
+
+    oft_blocks: [count, b, b] (OFT) or [stages, count, b, b] (BOFT); alpha: the constraint, relative to
+    out; rescale: [out, 1, …]. Raises `AdapterError`: another shape, NaN, inf.
+    """
+    if "oft_blocks" not in tensors:
+        return None
+    blocks = as_float_factor(name, "oft_blocks", tensors["oft_blocks"])
+    require_finite(name, oft_blocks=blocks, rescale=tensors.get("rescale"))
+    if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+        raise AdapterError(
+            f"{name}: oft_blocks has shape {list(blocks.shape)}, not [count, b, b] of square blocks"
+        )
+    count, size = blocks.shape[-3], blocks.shape[-1]
+    rows = count * size
+    constraint = float(tensors["alpha"]) * rows if "alpha" in tensors else 0.0
+    turns = cayley_deviation(blocks.double(), constraint)
+    parts: list[Operator] = []
+    if blocks.ndim == 3:
+        parts.append(Blocks(turns.transpose(-1, -2).float().contiguous()))
+    else:
+        for stage in range(blocks.shape[0]):
+            order = butterfly_order(rows, 2**stage * (size // 2))
+            parts.append(Blocks(turns[stage].float(), order, order.argsort()))
+    if "rescale" in tensors:
+        rescale = tensors["rescale"].flatten()
+        if rescale.numel() != rows:
+            raise AdapterError(
+                f"{name}: rescale has {rescale.numel()} values, the blocks make {rows} outputs"
+            )
+        parts.append(Diagonal((rescale.double() - 1.0).float()))
+    operator = parts[0] if len(parts) == 1 else Chain(tuple(parts))
+    return OFT(operator, rows, size, "oft" if blocks.ndim == 3 else "boft")
+
+
+def cayley_deviation(blocks: Tensor, constraint: float) -> Tensor:
+    """`R − I = 2 Q (I − Q)⁻¹`, Q = blocks − blocksᵀ, its norm held to the constraint where that is positive.
+
+    blocks: [..., b, b] fp64.
+    """
+    skew = blocks - blocks.transpose(-1, -2)
+    if constraint > 0:
+        norm = skew.norm() + 1e-8
+        if norm > constraint:
+            skew = skew * constraint / norm
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    deviation: Tensor = 2.0 * torch.linalg.solve(identity - skew, skew, left=False)
+    return deviation
+
+
+def butterfly_order(rows: int, step: int) -> Tensor:
+    """The rows in the order in which a butterfly stage pairs them: groups of 2 · step, halves interleaved."""
+    return torch.arange(rows).view(-1, 2, step).transpose(1, 2).flatten()
