@@ -29,6 +29,8 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     "_lora.down.weight": ("lora_down", "diffusers attention processors"),
     ".lora_linear_layer.up.weight": ("lora_up", "diffusers text encoder"),
     ".lora_linear_layer.down.weight": ("lora_down", "diffusers text encoder"),
+    ".up.weight": ("lora_up", "XLabs"),
+    ".down.weight": ("lora_down", "XLabs"),
     ".alpha": ("alpha", ""),
 }
 """Key endings of a file → (what the tensor is, the layout that writes it so)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from lib_precision_lora.adapters import diff, dora, glora, ia3, loha, lokr, lora, oft
 from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
+from lib_precision_lora.adapters.layouts import aliases
 from lib_precision_lora.adapters.target import Target
 
 SUFFIXES: Mapping[str, tuple[str, str]] = {
@@ -60,13 +62,16 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
     unmatched: list[str] = []
     layouts: Counter[str] = Counter()
     for name, keys in _by_module(state_dict).items():
-        target = _target(name, key_map)
-        if target is None:
+        place = _target(name, key_map)
+        if place is None:
             unmatched.extend(keys)
             continue
+        target, leading_rows = place
         roles = {SUFFIXES[key[len(name) :]][0]: key for key in keys if key != name}
         tensors = {role: state_dict[key] for role, key in roles.items()}
         weight, bias, used = read_module(name, tensors)
+        if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
+            target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
         if weight is not None:
             adapters[target.name] = weight
         if bias is not None:
@@ -121,7 +126,11 @@ def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return modules
 
 
-def _target(name: str, key_map: Mapping[str, Any] | None) -> Target | None:
+def _target(name: str, key_map: Mapping[str, Any] | None) -> tuple[Target, bool] | None:
+    """Where the module belongs, and whether the adapter is for the first rows of it."""
     if key_map is None:
-        return Target(name)
-    return Target.parse(key_map[name]) if name in key_map else None
+        return Target(name), False
+    for alias in aliases(name):
+        if alias.name in key_map:
+            return Target.parse(key_map[alias.name]), alias.leading_rows
+    return None
