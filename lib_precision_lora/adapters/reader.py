@@ -68,20 +68,16 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
             continue
         target, leading_rows = place
         roles = {SUFFIXES[key[len(name) :]][0]: key for key in keys if key != name}
-        tensors = {role: state_dict[key] for role, key in roles.items()}
-        weight, bias, used = read_module(name, tensors)
+        weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
         if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
             target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
         if weight is not None:
             adapters[target.name] = weight
         if bias is not None:
             adapters[target.bias().name] = bias
-        for key in keys:
-            role, layout = SUFFIXES.get(key[len(name) :], ("", ""))
-            if role in used:
-                layouts[layout] += 1
-            else:
-                unmatched.append(key)
+        taken = {roles[role] for role in used}
+        unmatched.extend(key for key in keys if key not in taken)
+        layouts.update(SUFFIXES[key[len(name) :]][1] for key in taken)
     del layouts[""]
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
     return AdapterFile(adapters, tuple(unmatched), layout)
@@ -94,27 +90,42 @@ def read_module(
 
     Raises `AdapterError` for a damaged one.
     """
-    bias: Adapter | None = diff.read_bias(name, tensors)
-    used = {"diff_b"} if bias is not None else set()
-    additive: Additive | None = (
-        lora.read_lora(name, tensors) or loha.read_loha(name, tensors) or lokr.read_lokr(name, tensors)
-    )
-    if additive is not None:
-        weight = dora.decompose(name, additive, tensors, additive.term.size[0])
-        families: tuple[Any, ...] = (lora, loha, lokr, dora)
-        return (
-            weight,
-            bias,
-            frozenset(used | {role for family in families for role, _ in family.SUFFIXES.values()}),
-        )
-    scale, scaled_bias = ia3.read_ia3(name, tensors)
-    if scale is not None:
-        return scale, bias or scaled_bias, frozenset(used | {"ia3_l", "on_input", "weight"})
-    for read, family in ((oft.read_oft, oft), (glora.read_glora, glora), (diff.read_dense, diff)):
-        found: Adapter | None = read(name, tensors)
+    asked = Asked(tensors)
+    bias: Adapter | None = diff.read_bias(name, asked)
+    for read_additive in (lora.read_lora, loha.read_loha, lokr.read_lokr):
+        additive: Additive | None = read_additive(name, asked)
+        if additive is not None:
+            return dora.decompose(name, additive, asked, additive.term.size[0]), bias, frozenset(asked.used)
+    weight, scaled_bias = ia3.read_ia3(name, asked)
+    if weight is not None:
+        return weight, bias or scaled_bias, frozenset(asked.used)
+    for read in (oft.read_oft, glora.read_glora, diff.read_dense):
+        found: Adapter | None = read(name, asked)
         if found is not None:
-            return found, bias, frozenset(used | {"alpha"} | {role for role, _ in family.SUFFIXES.values()})
-    return None, bias, frozenset(used)
+            return found, bias, frozenset(asked.used)
+    return None, bias, frozenset(asked.used)
+
+
+class Asked(Mapping[str, Tensor]):
+    """A layer's tensors by role, and which of them were taken; a look whether one is there takes nothing."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.used: set[str] = set()
+
+    def __getitem__(self, role: str) -> Tensor:
+        tensor = self._tensors[role]
+        self.used.add(role)
+        return tensor
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:

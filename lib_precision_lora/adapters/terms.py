@@ -66,11 +66,10 @@ class Kronecker:
 
     def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """These rows, all columns: [rows, b · q · kernel]."""
-        left = self.left.to(dtype)[numbers // self.height]
-        first = self.right[0].to(dtype)
+        left = self.left[numbers // self.height].to(dtype)
+        right = self.right[0].flatten(1)[numbers % self.height].to(dtype)
         if len(self.right) == 2:
-            first = (first @ self.right[1].flatten(1).to(dtype)).view(-1, *self.right[1].shape[1:])
-        right = first.flatten(1)[numbers % self.height]
+            right = right @ self.right[1].flatten(1).to(dtype)
         return (left[:, :, None] * right[:, None, :]).flatten(1)
 
 

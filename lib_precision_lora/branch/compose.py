@@ -81,8 +81,8 @@ def effective_weights(
     model: nn.Module,
     patches: Iterable[Patch],
     reordered: Reordered,
-    memo: Memo,
     shadows: Iterable[Shadow] = (),
+    memo: Memo | None = None,
 ) -> dict[str, tuple[Site, EffectiveWeight]]:
     """The effective weight of every parameter that a patch changes, by name.
 

@@ -92,15 +92,15 @@ class ConvInput:
 def require_conv_form(module: nn.Module, weight: EffectiveWeight) -> None:
     """Raise `AdapterError` for what has no branch on a convolution.
 
-    Rotated inputs mix positions of the kernel; turned outputs of a grouped convolution mix groups.
+    Rotated inputs mix positions of the kernel; rotated outputs of a grouped convolution mix groups.
     """
     turns = [turn for piece in weight.pieces for turn in piece.turns]
     turns += [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
     if any(operator.mixes for operator, _ in turns):
         raise AdapterError("a rotation of the inputs of a convolution is not supported")
-    turned = any(isinstance(step, Left) for step in weight.steps) or any(p.turns for p in weight.pieces)
-    if turned and getattr(module, "groups", 1) > 1:
-        raise AdapterError("scaled or rotated weights of a grouped convolution are not supported")
+    rotated = any(isinstance(step, Left) and step.operator.mixes for step in weight.steps)
+    if (rotated or turns) and getattr(module, "groups", 1) > 1:
+        raise AdapterError("rotated outputs or scaled inputs of a grouped convolution are not supported")
 
 
 def channelwise(operator: Operator, channels: int) -> Operator:

@@ -137,13 +137,13 @@ class RunningRows:
         return (self.length, *self.weight.stored.shape[1:])
 
     def row_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        return self._reader(additions).row_squares(self.start, self.start + self.length)
+        return self._reader(additions, torch.float64).row_squares(self.start, self.start + self.length)
 
     def column_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        return self._reader(additions).column_squares(self.start, self.start + self.length)
+        return self._reader(additions, torch.float64).column_squares(self.start, self.start + self.length)
 
     def times(self, matrix: Tensor) -> Tensor:
-        return self._reader(()).times(self.start, self.start + self.length, matrix)
+        return self._reader((), torch.float32).times(self.start, self.start + self.length, matrix)
 
     def remember(self, adapter: object, make: Callable[[], Tensor]) -> Tensor:
         weight = self.weight
@@ -151,12 +151,13 @@ class RunningRows:
         key = weight.name, weight.stored.kind, self.start, self.length, id(adapter), state
         return weight.memo.recall(key, (adapter, weight.pieces, weight.steps), make)
 
-    def _reader(self, additions: Sequence[Add]) -> Reader:
+    def _reader(self, additions: Sequence[Add], dtype: torch.dtype) -> Reader:
+        """dtype: fp64 for norms, whose ratio to a magnitude is near 1: fp32 would leave nothing of its change."""
         shifted = [
             dataclasses.replace(step, start=step.start + self.start, stop=step.stop + self.start)
             for step in additions
         ]
-        return Reader(self.weight.stored, self.weight.pieces, (*self.weight.steps, *shifted), torch.float32)
+        return Reader(self.weight.stored, self.weight.pieces, (*self.weight.steps, *shifted), dtype)
 
 
 Cuttable = TypeVar("Cuttable", Piece, Add)

@@ -13,7 +13,7 @@ from lib_precision_lora.branch.product import Compute
 
 
 class EmbeddingBranch(WeightBranch):
-    """Runs on the ids and the vectors of an embedding, in fp32 in every mode, on the files' own factors."""
+    """Runs on the ids and the vectors of an embedding, in full precision in every mode, on the files' own factors."""
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         if any(isinstance(step, Left) and step.operator.mixes for step in weight.steps):
@@ -23,7 +23,7 @@ class EmbeddingBranch(WeightBranch):
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)` in y's memory; x: [...] ids, y: [..., dim]."""
         ids, y = x.reshape(-1).to(y.device), y.contiguous()
-        vectors = y.view(-1, y.shape[-1]).float()
+        vectors = y.view(-1, y.shape[-1]).to(_exact_type(y.device))
         for piece in self.pieces:
             inside = (ids >= piece.start) & (ids < piece.stop)
             for operator, factor in piece.turns:
@@ -40,10 +40,15 @@ class EmbeddingBranch(WeightBranch):
         return y
 
 
+def _exact_type(device: torch.device) -> torch.dtype:
+    """fp64 where there is any, so that several additions still meet the vector in one rounding."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def _added(step: Add, rows: Tensor) -> Tensor:
     """What a step adds to these of its rows: [rows, dim] fp32, on the factors' device."""
     device = step.term.tensors()[0].device
-    added = step.term.rows((step.first + rows).to(device), torch.float32)
+    added = step.term.rows((step.first + rows).to(device), _exact_type(device))
     if step.row_change is not None:
         added = added * (1.0 + step.row_change[rows, None].to(added))
     for operator, factor in step.columns:

@@ -50,7 +50,7 @@ class LinearInput:
     def kronecker(self, term: Kronecker, turns: Sequence[Turn]) -> Tensor:
         inner = turned(self.x.float(), turns).view(self.x.shape[0], term.left.shape[1], -1)
         for factor in reversed(term.right):
-            inner = SingleProduct()(linear, inner, factor, (-1,))
+            inner = SingleProduct()(linear, inner, factor.flatten(1), (-1,))
         return mix_left(term, inner)
 
     def base(self, turns: Sequence[Turn]) -> Tensor:

@@ -18,8 +18,8 @@ from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.factors import half_factors
 from lib_precision_lora.storage import StoredWeight
 
-BLOCK_BYTES = 12 * 2**20
-"""One block in fp32; about five live at once, which keeps reading below 64 MiB."""
+BLOCK_BYTES = 10 * 2**20
+"""One block in the arithmetic's type; about five live at once, which keeps reading below 64 MiB."""
 
 
 class BasePiece(Protocol):
@@ -90,12 +90,12 @@ class Reader:
         return torch.stack(products).sum(0)
 
     def _row_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        height = max(1, BLOCK_BYTES // (4 * max(1, self.width)))
+        height = max(1, BLOCK_BYTES // (self.dtype.itemsize * max(1, self.width)))
         for low in range(start, stop, height):
             yield low, min(low + height, stop)
 
     def _column_blocks(self) -> Iterator[slice]:
-        count = max(1, BLOCK_BYTES // (4 * self.rows))
+        count = max(1, BLOCK_BYTES // (self.dtype.itemsize * self.rows))
         for first in range(0, self.width, count):
             yield slice(first, min(first + count, self.width))
 
@@ -105,17 +105,22 @@ class Reader:
 
     def _some_columns(self, columns: slice) -> Tensor:
         """All rows of W_eff, these columns."""
-        bases, deltas = [], []
+        base = delta = torch.empty(0)
         for low, high in self._row_blocks(0, self.rows):
             block = self._base(low, high)
-            bases.append(block[:, columns].contiguous())
-            deltas.append(self._turned(low, high, block)[:, columns].contiguous())
-        base = torch.cat(bases)
-        return base + self._steps(0, self.rows, base, torch.cat(deltas), columns)
+            if low == 0:
+                base = block.new_empty(self.rows, columns.stop - columns.start)
+                delta = torch.empty_like(base)
+            base[low:high] = block[:, columns]
+            delta[low:high] = self._turned(low, high, block)[:, columns]
+        return base + self._steps(0, self.rows, base, delta, columns)
 
     def _base(self, low: int, high: int) -> Tensor:
         """W0: [high − low, columns]."""
-        return self.stored.rows(low, high, torch.float32).to(self.dtype).reshape(high - low, self.width)
+        base = self.stored.rows(low, high, torch.float32)
+        if self.dtype == torch.float64 and not _has_fp64(base.device):
+            base = base.cpu()
+        return base.to(self.dtype).reshape(high - low, self.width)
 
     def _delta(self, low: int, high: int, base: Tensor | None) -> Tensor:
         shape, device = (high - low, self.width), self._device(base)
@@ -146,9 +151,9 @@ class Reader:
             if rows is None:
                 continue
             if isinstance(step, Add):
-                first = low + rows.start - step.start
-                block = self._block(step, first, first + rows.stop - rows.start)
-                delta[rows] += block[:, columns].to(delta.device)
+                for top, bottom in self._row_blocks(rows.start, rows.stop):
+                    block = self._block(step, low + top - step.start, low + bottom - step.start)
+                    delta[top:bottom] += block[:, columns].to(delta.device)
                 continue
             assert base is not None
             operator = step.operator.to(delta.device)
@@ -182,10 +187,13 @@ class Reader:
 
 
 def _squares(block: Tensor, axis: int) -> Tensor:
-    """The sum of squares over an axis in fp64, on the CPU: some accelerators have no fp64."""
-    if block.device.type not in ("cpu", "cuda"):
-        block = block.cpu()
-    return block.square().sum(axis, dtype=torch.float64).cpu()
+    """The sum of squares over an axis, on the CPU."""
+    return block.square().sum(axis).cpu()
+
+
+def _has_fp64(device: torch.device) -> bool:
+    """Some accelerators have none (MPS, some XPUs): what needs it is then done on the CPU."""
+    return device.type in ("cpu", "cuda")
 
 
 def _overlap(start: int, stop: int, low: int, high: int) -> slice | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lib_precision_lora.adapters.steps import Add, Turn
+from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.operands import Operands, RowRange
 
@@ -65,28 +65,45 @@ def add_rows(
                     delta = delta + operands.bias[start:stop]
                 accumulate(y[:, start:stop], delta)
         return
-    _add_turned(operands, given, hidden, y, bias)
+    _add_turned(operands, given, hidden, y, bias, window)
 
 
 def _add_turned(
-    operands: Operands, given: BranchInput, hidden: Tensor | None, y: Tensor, bias: Tensor | None
+    operands: Operands,
+    given: BranchInput,
+    hidden: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    window: tuple[int, int],
 ) -> None:
-    offset: Tensor | float = 0.0 if bias is None else bias.to(device=y.device, dtype=torch.float32)
-    z = y.float() - offset
+    low, high = window
+    offset: Tensor | float = 0.0
+    if bias is not None:
+        offset = bias[low:high].to(device=y.device, dtype=torch.float32)
+    z = y[:, low:high].float() - offset
     for piece in operands.pieces:
         if piece.turns:
-            rows = slice(piece.start, piece.stop)
-            z[:, rows] += given.base(piece.turns)[:, rows]
+            z[:, piece.start : piece.stop] += given.base(piece.turns)[:, piece.start : piece.stop]
     for phase in operands.phases:
         for left in phase.lefts:
-            rows = slice(left.start, left.stop)
-            z[:, rows] += left.factor * left.operator.deviation(z[:, rows])
+            _turn_outputs(left, z, window)
         for row_range in phase.ranges:
-            for start, stop in _blocks(row_range, y.shape[0], (0, y.shape[1])):
-                z[:, start:stop] += _additions(operands, row_range, start, stop, hidden, given)
+            for start, stop in _blocks(row_range, y.shape[0], window):
+                z[:, start - low : stop - low] += _additions(operands, row_range, start, stop, hidden, given)
     if operands.bias is not None:
-        offset = offset + operands.bias
-    y.copy_(z + offset)
+        offset = offset + operands.bias[low:high]
+    y[:, low:high].copy_(z + offset)
+
+
+def _turn_outputs(left: Left, z: Tensor, window: tuple[int, int]) -> None:
+    """`z ← z + factor · dM z` in place, on those rows of the window that the turn concerns."""
+    start, stop = max(left.start, window[0]), min(left.stop, window[1])
+    if start >= stop:
+        return
+    whole = (start, stop) == (left.start, left.stop)
+    operator = left.operator if whole else left.operator.part(start - left.start, stop - left.start)
+    rows = slice(start - window[0], stop - window[0])
+    z[:, rows] += left.factor * operator.deviation(z[:, rows])
 
 
 def accumulate(y: Tensor, delta: Tensor | float) -> None:

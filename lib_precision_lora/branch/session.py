@@ -56,7 +56,7 @@ class PatchSession:
     def apply_patches(self, patches: Sequence[Patch], compute: Compute = "auto") -> None:
         """`apply`, for patches whose parameters are resolved already."""
         shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
-        weights = effective_weights(self._living_model(), patches, self._reordered, self._memo, shadows)
+        weights = effective_weights(self._living_model(), patches, self._reordered, shadows, self._memo)
         wanted = make_attachments(weights, compute)
         undo: Undo = []
         before = dict(self._attached)
