@@ -49,6 +49,15 @@ def read_alpha(name: str, tensors: Mapping[str, Tensor]) -> float | None:
     return float(alpha)
 
 
+def require_matrices(name: str, **parts: Tensor) -> None:
+    """Raise `AdapterError` for a factor that is no matrix (or kernel), or that is empty."""
+    for role, part in parts.items():
+        if part.ndim < 2:
+            raise AdapterError(f"{name}: {role} has shape {list(part.shape)}, it must be a matrix")
+        if part.numel() == 0:
+            raise AdapterError(f"{name}: {role} has shape {list(part.shape)}: the rank is zero")
+
+
 def require_parts(name: str, tensors: Mapping[str, Tensor], *roles: str) -> None:
     """Raise `AdapterError` naming the first of these tensors that a layer lacks."""
     for role in roles:

@@ -71,7 +71,7 @@ def from_forge_patch(name: str, value: Any) -> Adapter | None:
     if not isinstance(value, tuple) or len(value) not in (1, 2):
         return None
     kind, content = ("diff", value) if len(value) == 1 else value
-    if kind not in _ROLES:
+    if kind not in _ROLES or len(content) != len(_ROLES[kind]):
         return None
     tensors = {role: part for role, part in zip(_ROLES[kind], content, strict=True) if part is not None}
     if "alpha" in tensors:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
-from lib_precision_lora.adapters.additive import read_alpha, require_parts
+from lib_precision_lora.adapters.additive import read_alpha, require_matrices, require_parts
 from lib_precision_lora.adapters.steps import Add, Running, Step
 from lib_precision_lora.adapters.terms import LowRank
 
@@ -77,6 +77,7 @@ def read_glora(name: str, tensors: Mapping[str, Tensor]) -> GLoRA | None:
     if not any(role in tensors for role in ROLES):
         return None
     require_parts(name, tensors, *ROLES)
+    require_matrices(name, **{role: tensors[role] for role in ROLES})
     a1, a2, b1, b2 = (as_float_factor(name, role, tensors[role]).flatten(1) for role in ROLES)
     require_finite(name, a1=a1, a2=a2, b1=b1, b2=b2)
     old = a1.shape[0] == b1.shape[0] == a2.shape[1] == b2.shape[1] and a1.shape[0] < a1.shape[1]

@@ -25,10 +25,15 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IA3:
-    """change: v, [out] or [in] fp32; on_input: which of the two. On a bias, outputs alone."""
+    """change: v, [out] or [in] fp32; on_input: which of the two. On a bias, outputs alone.
+
+    either: the file does not say (PEFT on a convolution); the layer's sizes decide, for outputs where both
+    are equal. The bias beside it then stays as it is where the weight's inputs are scaled.
+    """
 
     change: Tensor
     on_input: bool
+    either: bool = False
     kind: str = "ia3"
 
     @property
@@ -39,23 +44,35 @@ class IA3:
         return (self.change,)
 
     def check(self, shape: tuple[int, ...]) -> None:
+        if self.either and len(shape) < 2:
+            return
         if self.on_input and len(shape) < 2:
             raise AdapterError("a scale of inputs on a vector")
-        expected = shape[1] if self.on_input else shape[0]
+        on_input = self._on_input(shape)
+        expected = shape[1] if on_input else shape[0]
         if self.change.numel() != expected:
             raise AdapterError(
                 f"the (IA)³ scale has {self.change.numel()} values, the layer has {expected} "
-                f"{'inputs' if self.on_input else 'outputs'}: the file was trained on another model"
+                f"{'inputs' if on_input else 'outputs'}: the file was trained on another model"
             )
 
     def reordered(self, order: Tensor) -> IA3:
-        return self if self.on_input else dataclasses.replace(self, change=self.change[order])
+        return (
+            self
+            if self._on_input(tuple(order.shape))
+            else dataclasses.replace(self, change=self.change[order])
+        )
 
     def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
         rows = running.shape[0]
-        if self.on_input:
+        if self._on_input(running.shape):
+            if len(running.shape) < 2:
+                return ()
             return (Right(0, rows, self._by_column(math.prod(running.shape[2:])), strength),)
         return (Left(0, rows, Diagonal(self.change), strength),)
+
+    def _on_input(self, shape: tuple[int, ...]) -> bool:
+        return self.change.numel() != shape[0] if self.either else self.on_input
 
     def _by_column(self, kernel: int) -> Diagonal:
         return Diagonal(self.change if kernel == 1 else self.change.repeat_interleave(kernel))
@@ -69,8 +86,8 @@ def read_ia3(name: str, tensors: Mapping[str, Tensor]) -> tuple[IA3 | None, IA3 
     if "ia3_l" in tensors:
         scale = as_float_factor(name, "ia3_l", tensors["ia3_l"])
         require_finite(name, ia3_l=scale)
-        on_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 1
-        weight = IA3((scale.double() - 1.0).flatten().float(), on_input)
+        on_input = scale.ndim == 2 and scale.shape[0] == 1 and scale.numel() > 1
+        weight = IA3((scale.double() - 1.0).flatten().float(), on_input, either=scale.ndim > 2)
         return weight, None if on_input else weight
     if "on_input" in tensors and "weight" in tensors:
         change = as_float_factor(name, "weight", tensors["weight"])

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
-from lib_precision_lora.adapters.additive import add_term, read_alpha, require_parts, require_shape
+from lib_precision_lora.adapters.additive import (
+    add_term,
+    read_alpha,
+    require_matrices,
+    require_parts,
+    require_shape,
+)
 from lib_precision_lora.adapters.lora import fold_tucker_core
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import Hadamard, LowRank
@@ -61,13 +67,15 @@ def read_loha(name: str, tensors: Mapping[str, Tensor]) -> LoHa | None:
     require_parts(name, tensors, *ROLES)
     require_finite(name, **{role: tensors.get(role) for role in (*ROLES, "hada_t1", "hada_t2")})
     a1, b1, a2, b2 = (as_float_factor(name, role, tensors[role]) for role in ROLES)
+    require_matrices(name, **dict(zip(ROLES, (a1, b1, a2, b2), strict=True)))
     rank = b1.shape[0]
     if "hada_t1" in tensors:
         require_parts(name, tensors, "hada_t2")
         b1 = fold_tucker_core(name, tensors["hada_t1"], b1).flatten(1)
         b2 = fold_tucker_core(name, tensors["hada_t2"], b2).flatten(1)
         a1, a2 = a1.T, a2.T
-    if (a1.shape[1], a2.shape[1], b1.shape[1]) != (b1.shape[0], b2.shape[0], b2.shape[1]):
+    inner, outer = (a1.shape[1], a2.shape[1]), (*a1.shape[:1], *b1.shape[1:])
+    if inner != (b1.shape[0], b2.shape[0]) or outer != (*a2.shape[:1], *b2.shape[1:]):
         shapes = ", ".join(f"{role} {list(tensors[role].shape)}" for role in ROLES)
         raise AdapterError(f"{name}: the factors do not meet ({shapes})")
     alpha = read_alpha(name, tensors)

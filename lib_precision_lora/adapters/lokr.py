@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
-from lib_precision_lora.adapters.additive import add_term, read_alpha, require_parts, require_shape
+from lib_precision_lora.adapters.additive import (
+    add_term,
+    read_alpha,
+    require_matrices,
+    require_parts,
+    require_shape,
+)
 from lib_precision_lora.adapters.lora import fold_tucker_core
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import Dense, Kronecker
@@ -59,30 +65,33 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
         return None
     parts = {role: as_float_factor(name, role, tensors[role]) for role in ROLES if role in tensors}
     require_finite(name, **parts)
+    require_matrices(name, **parts)
     rank: int | None = None
-    try:
-        if "lokr_w1" in parts:
-            left = parts["lokr_w1"]
-        else:
-            require_parts(name, parts, "lokr_w1_a", "lokr_w1_b")
-            rank = parts["lokr_w1_b"].shape[0]
-            left = parts["lokr_w1_a"].float() @ parts["lokr_w1_b"].float()
-        if "lokr_w2" in parts:
-            right: tuple[Tensor, ...] = (parts["lokr_w2"],)
-        else:
-            require_parts(name, parts, "lokr_w2_a", "lokr_w2_b")
-            rank = parts["lokr_w2_b"].shape[0]
-            if "lokr_t2" in parts:
-                core = fold_tucker_core(name, parts["lokr_t2"], parts["lokr_w2_b"])
-                right = (parts["lokr_w2_a"].T.float(), core)
-            else:
-                right = (parts["lokr_w2_a"], parts["lokr_w2_b"])
-        if len(right) == 2 and right[0].shape[1] != right[1].shape[0]:
-            raise AdapterError(
-                f"{name}: lokr_w2_a {list(right[0].shape)} and lokr_w2_b {list(right[1].shape)}"
-            )
-    except RuntimeError as error:
-        raise AdapterError(f"{name}: the factors of lokr_w1 do not meet ({error})") from error
+    if "lokr_w1" in parts:
+        left = parts["lokr_w1"]
+    else:
+        first, second = _pair(name, parts, "lokr_w1_a", "lokr_w1_b")
+        rank = second.shape[0]
+        left = first.float() @ second.float()
+    if "lokr_w2" in parts:
+        right: tuple[Tensor, ...] = (parts["lokr_w2"],)
+    else:
+        right = _pair(name, parts, "lokr_w2_a", "lokr_w2_b")
+        rank = parts["lokr_w2_b"].shape[0]
     alpha = read_alpha(name, tensors)
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     return LoKr(Kronecker(left.flatten(1) if left.ndim > 2 else left, right), scale, rank)
+
+
+def _pair(name: str, parts: Mapping[str, Tensor], outer: str, inner: str) -> tuple[Tensor, Tensor]:
+    """The two factors of one side, [p, r] and [r, q, …], a core folded into the second."""
+    require_parts(name, parts, outer, inner)
+    first, second = parts[outer], parts[inner]
+    if outer == "lokr_w2_a" and "lokr_t2" in parts:
+        first, second = first.T.float(), fold_tucker_core(name, parts["lokr_t2"], second)
+    if first.shape[1] != second.shape[0]:
+        raise AdapterError(
+            f"{name}: the factors do not meet "
+            f"({outer} {list(parts[outer].shape)}, {inner} {list(parts[inner].shape)})"
+        )
+    return first, second

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.additive import read_alpha
 from lib_precision_lora.adapters.operators import Blocks, Chain, Diagonal, Operator
 from lib_precision_lora.adapters.steps import Left, Running, Step
 
@@ -72,7 +73,12 @@ def read_oft(name: str, tensors: Mapping[str, Tensor]) -> OFT | None:
         )
     count, size = blocks.shape[-3], blocks.shape[-1]
     rows = count * size
-    constraint = float(tensors["alpha"]) * rows if "alpha" in tensors else 0.0
+    if blocks.ndim == 4 and (size % 2 or rows % (2 ** (blocks.shape[0] - 1) * size)):
+        raise AdapterError(
+            f"{name}: oft_blocks has shape {list(blocks.shape)}: {blocks.shape[0]} butterfly stages of "
+            f"blocks of {size} do not divide {rows} outputs"
+        )
+    constraint = (read_alpha(name, tensors) or 0.0) * rows
     turns = cayley_deviation(blocks.double(), constraint)
     parts: list[Operator] = []
     if blocks.ndim == 3:

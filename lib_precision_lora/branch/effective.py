@@ -152,7 +152,7 @@ class RunningRows:
         return weight.memo.recall(key, (adapter, weight.pieces, weight.steps), make)
 
     def _reader(self, additions: Sequence[Add], dtype: torch.dtype) -> Reader:
-        """dtype: fp64 for norms, whose ratio to a magnitude is near 1: fp32 would leave nothing of its change."""
+        """dtype: fp64 for norms, whose ratio to a magnitude is so near to 1 that fp32 would lose it."""
         shifted = [
             dataclasses.replace(step, start=step.start + self.start, stop=step.stop + self.start)
             for step in additions

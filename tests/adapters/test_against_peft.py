@@ -1,0 +1,105 @@
+"""Every family against `peft`: files as it saves them, read with ours, mean the weights that it merges."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lib_precision_lora.adapters import AdapterFile, read_adapters
+from lib_precision_lora.branch import PatchSession
+
+TOLERANCE = 1e-5
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"to_q": nn.Linear(24, 32), "proj": nn.Linear(32, 16, bias=False)})
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.block["proj"](self.block["to_q"](x))
+        return self.conv(tokens[:, None]).flatten(1)
+
+
+LINEAR, ALL = ["to_q", "proj"], ["to_q", "proj", "conv"]
+CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=4, target_modules=ALL),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=4, target_modules=ALL, use_dora=True),
+    "dora-linear": lambda: peft.LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR, use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=3, target_modules=ALL),
+    "loha-effective": lambda: peft.LoHaConfig(r=3, alpha=3, target_modules=ALL, use_effective_conv2d=True),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=2, target_modules=ALL),
+    "lokr-both": lambda: peft.LoKrConfig(r=1, alpha=1, target_modules=LINEAR, decompose_both=True),
+    "lokr-effective": lambda: peft.LoKrConfig(r=2, alpha=2, target_modules=ALL, use_effective_conv2d=True),
+    "ia3": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=[]),
+    "ia3-feedforward": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=ALL),
+}
+
+
+def randomize(model: nn.Module) -> None:
+    """fp32 values of the size that trainings reach, in every parameter that is trained."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if "magnitude" in name or "ia3_l" in name:
+                parameter.mul_(1.0 + 0.1 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+
+
+@cache
+def trained(kind: str, folder: Path) -> tuple[Model, dict[str, Tensor], nn.Module]:
+    """The base model, the file that PEFT saves, and the model that it merges, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(list(CONFIGS).index(kind))
+        base = Model().requires_grad_(False)
+        wrapped = peft.get_peft_model(copy.deepcopy(base), CONFIGS[kind]())
+        randomize(wrapped)
+    wrapped.save_pretrained(folder / kind)
+    file = load_file(folder / kind / "adapter_model.safetensors")
+    return base, file, wrapped.double().merge_and_unload()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("peft")
+
+
+def read(file: Mapping[str, Tensor]) -> AdapterFile:
+    """The names that a host would know these modules by, as PEFT writes them."""
+    modules = ("block.to_q", "block.proj", "conv")
+    return read_adapters(file, {f"base_model.model.{name}": f"{name}.weight" for name in modules})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_file_means_the_model_that_peft_merges(kind: str, folder: Path) -> None:
+    base, file, merged = trained(kind, folder)
+    base, adapters = base.double(), read(file)
+    assert adapters.unmatched == ()
+    assert {str(name).removesuffix(".weight") for name in adapters} >= {"block.to_q", "block.proj"}
+    x = torch.randn(3, 10, 24, generator=torch.manual_seed(1)).double()
+    with torch.no_grad(), PatchSession(base) as session:
+        before = base(x)
+        session.apply([("file", adapters, 1.0)])
+        y, expected = base(x), merged(x)
+    assert float((y - expected).norm() / (expected - before).norm()) <= TOLERANCE
+
+
+def test_the_scale_of_a_lora_is_not_in_its_file_but_in_its_configuration(folder: Path) -> None:
+    """alpha / r, or alpha / √r if rank-stabilized, stands in adapter_config.json alone."""
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(Model(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR))
+    wrapped.save_pretrained(folder / "scaled")
+    file = load_file(folder / "scaled" / "adapter_model.safetensors")
+    assert not any("alpha" in key for key in file)
+    assert {adapter.scale for adapter in read(file).values()} == {1.0}

@@ -1,0 +1,152 @@
+"""Law 5 for every family: what is damaged or of another model is refused in one sentence with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_precision_lora.adapters import AdapterError, read_adapters
+from tests.families import FAMILIES, family
+
+NAN, INF = float("nan"), float("inf")
+SHAPE = (16, 12)
+PARTS = [
+    ("loha", "hada_w1_a"),
+    ("loha", "hada_w1_b"),
+    ("loha", "hada_w2_a"),
+    ("loha", "hada_w2_b"),
+    ("loha-tucker", "hada_t2"),
+    ("lokr-right", "lokr_w1"),
+    ("lokr-both", "lokr_w1_a"),
+    ("lokr-both", "lokr_w1_b"),
+    ("lokr-full", "lokr_w2"),
+    ("lokr-right", "lokr_w2_a"),
+    ("lokr-right", "lokr_w2_b"),
+    ("glora", "a1.weight"),
+    ("glora", "a2.weight"),
+    ("glora", "b1.weight"),
+    ("glora", "b2.weight"),
+    ("dora-out", "lora_up.weight"),
+    ("dora-in", "lora_down.weight"),
+]
+VALUES = [
+    (name, key)
+    for name in FAMILIES
+    for key, tensor in family(name, SHAPE).tensors.items()
+    if key not in ("alpha", "on_input") and tensor.is_floating_point()
+]
+
+
+def read(tensors: dict[str, Tensor]) -> object:
+    return read_adapters({f"block_7.{key}": value for key, value in tensors.items()})["block_7"]
+
+
+def assert_one_sentence(error: BaseException) -> None:
+    message = str(error)
+    assert "\n" not in message
+    assert "Traceback" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(("name", "key"), PARTS)
+def test_a_missing_part_is_named(name: str, key: str) -> None:
+    tensors = dict(family(name, SHAPE).tensors)
+    del tensors[key]
+    role = key.removesuffix(".weight")
+    missing = {"lokr_w1": "lokr_w1_a", "lokr_w2": "lokr_w2_a"}.get(role, role)
+    with pytest.raises(AdapterError, match=rf"^block_7: {missing} is missing") as caught:
+        read(tensors)
+    assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("number", [NAN, INF])
+@pytest.mark.parametrize(("name", "key"), VALUES)
+def test_nan_and_infinity_are_named_with_their_count(name: str, key: str, number: float) -> None:
+    tensors = dict(family(name, SHAPE).tensors)
+    damaged = tensors[key].clone()
+    damaged.view(-1)[1:3] = number
+    with pytest.raises(
+        AdapterError, match=rf"^block_7: \w+ holds 2 NaN or inf values of {damaged.numel()}"
+    ) as caught:
+        read(tensors | {key: damaged})
+    assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(NAN), torch.tensor(INF), torch.ones(2)])
+@pytest.mark.parametrize("name", ["loha", "lokr-right", "glora", "dora-out", "oft-constraint", "boft"])
+def test_an_alpha_that_is_no_number_is_refused(name: str, alpha: Tensor) -> None:
+    with pytest.raises(AdapterError, match=r"^block_7: alpha (is (nan|inf)|has 2 values)"):
+        read(dict(family(name, SHAPE).tensors) | {"alpha": alpha})
+
+
+DAMAGED = {
+    "loha of two ranks": (
+        "loha",
+        {"hada_w1_a": torch.ones(16, 2)},
+        r"factors do not meet .*\[16, 2\].*\[3, 12\]",
+    ),
+    "loha of two heights": ("loha", {"hada_w1_a": torch.ones(15, 3)}, r"do not meet .*\[15, 3\].*\[16, 3\]"),
+    "loha of two widths": ("loha", {"hada_w1_b": torch.ones(3, 11)}, r"factors do not meet .*\[3, 11\]"),
+    "loha of vectors": ("loha", {"hada_w1_a": torch.ones(16)}, r"\[16\]"),
+    "loha of rank zero": (
+        "loha",
+        {
+            f"hada_w{n}_{part}": torch.ones(shape)
+            for n in "12"
+            for part, shape in (("a", (16, 0)), ("b", (0, 12)))
+        },
+        "rank is zero",
+    ),
+    "loha core": ("loha-tucker", {"hada_t1": torch.ones(2, 5, 1)}, r"\[2, 5, 1\]"),
+    "lokr left": ("lokr-both", {"lokr_w1_a": torch.ones(4, 3)}, r"lokr_w1_a \[4, 3\], lokr_w1_b \[2, 4\]"),
+    "lokr right": ("lokr-right", {"lokr_w2_a": torch.ones(4, 3)}, r"lokr_w2_a \[4, 3\], lokr_w2_b \[2, 3\]"),
+    "lokr core": ("lokr-tucker", {"lokr_t2": torch.ones(2, 5, 1)}, r"\[2, 5, 1\]"),
+    "lokr core beside w2_a": ("lokr-tucker", {"lokr_w2_a": torch.ones(3, 4)}, "lokr_w2_a"),
+    "lokr of vectors": ("lokr-full", {"lokr_w1": torch.ones(4)}, r"\[4\]"),
+    "glora": ("glora", {"a2.weight": torch.ones(2, 12)}, r"factors do not meet .*a2 \[2, 12\]"),
+    "glora of vectors": ("glora", {"a1.weight": torch.ones(12)}, r"a1 has shape \[12\]"),
+    "glora with a core": ("glora", {"bm.weight": torch.ones(3, 3, 3, 3)}, "core"),
+    "oft blocks that are not square": ("oft", {"oft_blocks": torch.ones(4, 4, 3)}, r"\[4, 4, 3\]"),
+    "oft blocks without a count": ("oft", {"oft_blocks": torch.ones(4, 4)}, r"\[4, 4\]"),
+    "boft blocks of odd size": ("boft", {"oft_blocks": torch.ones(2, 4, 3, 3)}, r"\[2, 4, 3, 3\]"),
+    "boft of too many stages": ("boft", {"oft_blocks": torch.ones(5, 4, 4, 4)}, r"\[5, 4, 4, 4\]"),
+    "rescale": ("oft-rescale", {"rescale": torch.ones(12, 1)}, "rescale has 12 values, .* 16 outputs"),
+    "dora scale": ("dora-out", {"dora_scale": torch.ones(15, 1)}, r"\[15, 1\].* 16 outputs"),
+    "an integer factor": ("loha", {"hada_w1_a": torch.ones(16, 3).int()}, "torch.int32"),
+    "an integer rotation": ("oft", {"oft_blocks": torch.ones(4, 4, 4).int()}, "torch.int32"),
+    "an integer scale": ("dora-out", {"dora_scale": torch.ones(16, 1).int()}, "torch.int32"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_parts_that_do_not_meet_are_refused_with_their_shapes(damage: str) -> None:
+    name, changed, message = DAMAGED[damage]
+    with pytest.raises(AdapterError, match=rf"^block_7: .*{message}") as caught:
+        read(family(name, SHAPE).tensors | changed)
+    assert_one_sentence(caught.value)
+
+
+def test_a_dora_scale_of_the_wrong_number_of_inputs_is_refused_with_both() -> None:
+    adapter = read(family("dora-in", SHAPE).tensors | {"dora_scale": torch.ones(1, 11)})
+    with pytest.raises(AdapterError, match="dora_scale has 11 values, the layer has 12 inputs"):
+        adapter.check(SHAPE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shape", [(18, 12), (16, 14), (18, 10), (16,)])
+def test_an_adapter_of_another_models_shape_is_refused_with_numbers(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    adapter = family(name, SHAPE).adapter
+    adapter.check(SHAPE)
+    blind = {"ia3-out", "ia3-peft-out"} | {one for one in FAMILIES if "oft" in one}
+    if shape[0] == 16 and name in blind:
+        adapter.check(shape)
+        return
+    if name in ("ia3-in", "ia3-peft-in") and shape == (18, 12):
+        adapter.check(shape)
+        return
+    with pytest.raises(AdapterError, match=r"\d+|vector") as caught:
+        adapter.check(shape)
+    assert_one_sentence(caught.value)

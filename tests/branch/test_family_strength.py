@@ -1,0 +1,145 @@
+"""What a change of strengths reads again: nothing, but the norms that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.branch.reading import Reader
+from tests.families import BASE_STD, Family, family
+from tests.oracles import Step, merge
+
+SHAPE = (16, 64)
+KEPT = (
+    "dora-out",
+    "loha",
+    "loha-streamed",
+    "loha-dora-out",
+    "lokr-right",
+    "lokr-full",
+    "lokr-tucker",
+    "lokr-dora-out",
+    "glora",
+)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SHAPE[1], SHAPE[0]).requires_grad_(False)
+        self.layer.weight.copy_(BASE_STD * torch.randn(SHAPE, generator=torch.manual_seed(4)))
+        self.x = torch.randn(3, SHAPE[1], generator=torch.manual_seed(5))
+
+    def error(self, applied: list[tuple[Family, float]]) -> float:
+        """Of the forward as it is now, from the one in float64 with these merged."""
+        weight, _ = merge(self.layer.weight, [Step(made.change, strength) for made, strength in applied])
+        exact = self.x.double() @ weight.T + self.layer.bias.double()
+        return float((self.layer(self.x).double() - exact).norm() / exact.norm())
+
+
+@contextmanager
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The norms and products that are read from the base meanwhile."""
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("row_squares", "column_squares", "times"):
+            original = getattr(Reader, name)
+
+            def record(self: Reader, *args: object, name=name, original=original) -> Tensor:
+                seen.append(name)
+                return original(self, *args)
+
+            patch.setattr(Reader, name, record)
+        yield seen
+
+
+def items(adapters: list[object], strengths: tuple[float, ...]) -> list[tuple[str, dict[str, object], float]]:
+    return [
+        (f"file {number}", {"layer.weight": adapter}, strength)
+        for number, (adapter, strength) in enumerate(zip(adapters, strengths, strict=True))
+    ]
+
+
+def held(session: PatchSession) -> dict[str, int]:
+    """Every tensor with factors that the branch multiplies with, by place."""
+    operands = session._attached["layer"].piece._operands
+    tensors: dict[str, Tensor] = {}
+    if operands.stack is not None:
+        tensors |= {"down": operands.stack.down, "exponents": operands.stack.exponents}
+        tensors |= {f"up {number}": up for number, up in enumerate(operands.stack.ups)}
+    for phase in operands.phases:
+        for row_range in phase.ranges:
+            for number, step in enumerate(row_range.others):
+                tensors |= {f"other {number}.{place}": part for place, part in enumerate(step.term.tensors())}
+    assert tensors
+    return {place: id(tensor) for place, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_change_of_strength_reads_nothing_and_keeps_the_very_same_factors(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = Model(), family(name, SHAPE)
+    adapter = made.adapter
+    with PatchSession(model) as session:
+        session.apply(items([adapter], (1.0,)))
+        assert model.error([(made, 1.0)]) <= 1e-5
+        branch, factors = session._attached["layer"].piece, held(session)
+        with reads(monkeypatch) as seen:
+            for strength in (0.7, -0.5, 2.0, 1.0):
+                session.apply(items([adapter], (strength,)))
+                assert model.error([(made, strength)]) <= 1e-5
+                assert session._attached["layer"].piece is branch
+                assert held(session) == factors
+        assert seen == []
+
+
+@pytest.mark.parametrize("name", ["dora-out", "dora-in", "loha-dora-in", "lokr-dora-out", "glora"])
+def test_a_change_of_an_earlier_strength_reads_what_depends_on_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = Model(), [family("lora", SHAPE), family(name, SHAPE), family("lokr-both", SHAPE)]
+    adapters = [one.adapter for one in made]
+    with PatchSession(model) as session:
+        for strengths, expected in (
+            ((1.0, 1.0, 1.0), 1),
+            ((1.0, 0.3, 1.0), 0),
+            ((1.0, 0.3, -2.0), 0),
+            ((0.5, 0.3, -2.0), 1),
+            ((0.5, 1.0, 1.0), 0),
+        ):
+            with reads(monkeypatch) as seen:
+                session.apply(items(adapters, strengths))
+            assert len(seen) == expected
+            assert model.error(list(zip(made, strengths, strict=True))) <= 1e-5
+
+
+def test_a_norm_that_stands_before_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = Model(), [family("dora-out", SHAPE, 1), family("dora-out", SHAPE, 2)]
+    adapters = [one.adapter for one in made]
+    with PatchSession(model) as session:
+        session.apply(items(adapters, (1.0, 1.0)))
+        with reads(monkeypatch) as seen:
+            session.apply(items(adapters, (1.0, 0.5)))
+            assert seen == []
+            session.apply(items(adapters, (0.5, 0.5)))
+            assert seen == ["row_squares"]
+        assert model.error([(made[0], 0.5), (made[1], 0.5)]) <= 1e-5
+        with reads(monkeypatch) as seen:
+            session.apply(items(adapters[::-1], (0.5, 0.5)))
+            assert seen == ["row_squares"] * 2
+        assert model.error([(made[1], 0.5), (made[0], 0.5)]) <= 1e-5
+
+
+def test_norms_are_forgotten_with_the_files_they_belong_to() -> None:
+    model, adapter = Model(), family("dora-out", SHAPE).adapter
+    with PatchSession(model) as session:
+        session.apply(items([adapter], (1.0,)))
+        assert len(session._memo._kept) == 1
+        session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
+        assert len(session._memo._kept) == 0
