@@ -93,6 +93,7 @@ def make_lora(
     require_finite(name, lora_up=up, lora_down=down, lora_mid=mid)
     if mid is not None:
         down = fold_tucker_core(name, mid, down)
+        require_finite(name, **{"lora_mid · lora_down": down})
     up, down = up.flatten(1), down.flatten(1)
     if up.shape[1] != down.shape[0]:
         raise AdapterError(f"{name}: lora_up has rank {up.shape[1]} and lora_down has rank {down.shape[0]}")

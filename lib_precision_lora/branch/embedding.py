@@ -20,16 +20,16 @@ class EmbeddingBranch(WeightBranch):
         for index, segment in enumerate(operands.segments):
             inside = ((flat_ids >= segment.start) & (flat_ids < segment.stop)).nonzero().flatten()
             rows = flat_ids[inside] - segment.start
-            delta = segment.left * vectors[inside].float()
+            vector = vectors[inside].float() * (1.0 + segment.left)
             up = operands.stack.ups[index] if operands.stack is not None else None
             if up is not None and operands.stack is not None:
                 hidden = up.up[rows].float() * operands.scale[up.columns]
                 down = operands.stack.down[up.columns].float()
-                delta = delta + SingleProduct()(_times, hidden, down, (-1,))
+                vector = vector + SingleProduct()(_times, hidden, down, (-1,))
             for dense in segment.dense:
                 chosen = dense.value[dense.first + rows.to(dense.value.device)]
-                delta = delta + dense.scale * chosen.to(delta)
-            vectors[inside] = (vectors[inside].float() + delta).to(vectors.dtype)
+                vector = vector + dense.scale * chosen.to(vector)
+            vectors[inside] = vector.to(vectors.dtype)
         return y
 
 

@@ -67,10 +67,11 @@ def rms_epsilon(module: nn.Module) -> float:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module normalizes the last axis (LayerNorm, RMS norms of any name) or channel groups."""
-    if isinstance(module, nn.LayerNorm):
-        return len(module.normalized_shape) == 1
+    if len(getattr(module, "normalized_shape", (1,))) != 1:
+        return False
     name = type(module).__name__
-    return isinstance(module, nn.GroupNorm) or "RMSNorm" in name or name == "T5LayerNorm"
+    known = isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+    return known or "RMSNorm" in name or name == "T5LayerNorm"
 
 
 def _add_groups(
