@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +39,18 @@ def flags() -> dict[str, object]:
     }
 
 
+@pytest.fixture(params=[False, True], ids=["TF32 forbidden", "TF32 allowed"])
+def _tensor_float(request: pytest.FixtureRequest) -> Iterator[None]:
+    holders = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [holder.allow_tf32 for holder in holders]
+    for holder in holders:
+        holder.allow_tf32 = request.param
+    yield
+    for holder, value in zip(holders, before, strict=True):
+        holder.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("_tensor_float")
 def test_no_global_flag_of_torch_is_changed() -> None:
     model = Mixed()
     before = flags()

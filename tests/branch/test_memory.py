@@ -84,9 +84,19 @@ def test_a_dense_remainder_is_read_in_row_blocks(monkeypatch: pytest.MonkeyPatch
         assert 0 < meter.largest <= 64 * 1024 // 4
 
 
-@COMPUTE
-@pytest.mark.parametrize("kind", ["linear", "diff", "conv", "norm", "groups"])
-def test_a_large_activation_is_added_to_in_place_in_bounded_memory(compute: Compute, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "compute"),
+    [
+        ("linear", "auto"),
+        ("linear", "fp16"),
+        ("diff", "auto"),
+        ("conv", "auto"),
+        ("conv", "fp16"),
+        ("norm", "auto"),
+        ("groups", "auto"),
+    ],
+)
+def test_a_large_activation_is_added_to_in_place_in_bounded_memory(kind: str, compute: Compute) -> None:
     dtype = torch.float32 if kind == "groups" else torch.bfloat16
     width, tokens = 512, 65536
     if kind == "conv":

@@ -1,0 +1,28 @@
+# make demo   the comparison with a stock-like merge, on files that it makes itself (no GPU, no Forge)
+# make test   what CI runs: lint, then every test
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+# Threads that wait sleep: on a machine that is busy, torch on the CPU is then several times faster.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint
+
+demo: $(READY)
+	$(BIN)/python -m lib_precision_lora demo $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): requirements-test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-test.txt
+	touch $(READY)

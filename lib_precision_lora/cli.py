@@ -1,0 +1,139 @@
+"""The command line: `python -m lib_precision_lora demo | inspect`.
+
+Exit codes: 0 fine, 1 findings, 2 bad input. Reports go to the standard output, errors to the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_precision_lora import __version__
+
+FINE, FINDINGS, BAD_INPUT = 0, 1, 2
+SMALLEST, LARGEST, STEP = 256, 4096, 256
+
+
+class BadInputError(ValueError):
+    """What the user gave cannot be worked with; one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; argparse itself exits with 2 for unknown arguments."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except BadInputError as error:
+        if options.json:
+            write_json({"error": str(error)})
+        sys.stderr.write(f"{error}\n")
+        return BAD_INPUT
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m lib_precision_lora",
+        description="LoRAs computed exactly beside an untouched low-bit base.",
+        epilog="Exit codes: 0 fine, 1 findings, 2 bad input.",
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="measure a LoRA beside, and merged into, checkpoints of six stored weights",
+        description="Writes a small random transformer to disk as NF4, FP8, Q8_0, Q4_0, Q4_K and bf16, and "
+        "a LoRA for it; measures the LoRA beside each, and merged into each by a model of what stock Forge "
+        "does. Needs no GPU and no Forge, but the packages gguf and bitsandbytes.",
+    )
+    demo.add_argument("--json", action="store_true", help="the result as one JSON object")
+    demo.add_argument(
+        "--size",
+        type=int,
+        default=512,
+        metavar="WIDTH",
+        help=f"hidden width, a multiple of {STEP} from {SMALLEST} to {LARGEST} (default: 512)",
+    )
+    demo.add_argument(
+        "--compute", choices=("auto", "fp16", "fp32"), default="auto", help="compute mode (default: auto)"
+    )
+    demo.add_argument("--chart", type=Path, metavar="PATH", help="also draw the errors, as .png or .svg")
+    demo.set_defaults(run=run_demo_command)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="list what a LoRA file holds, and what is wrong with it",
+        description="Lists layout, kinds, ranks, alphas, layers and keys that are not understood. Findings "
+        "(NaN or inf, rank zero, half a LoRA, no LoRA at all) give exit code 1.",
+    )
+    inspect.add_argument("lora", type=Path, metavar="LORA.safetensors")
+    inspect.add_argument("--json", action="store_true", help="the result as one JSON object")
+    inspect.set_defaults(run=run_inspect_command)
+    return top
+
+
+def run_demo_command(options: argparse.Namespace) -> int:
+    if not SMALLEST <= options.size <= LARGEST or options.size % STEP:
+        raise BadInputError(
+            f"--size {options.size}: the hidden width must be a multiple of {STEP} "
+            f"from {SMALLEST} to {LARGEST}."
+        )
+    # These packages are the demo's own: without them, every other command works.
+    try:
+        from lib_precision_lora.report.demo import DemoShape, run_demo
+    except ImportError as error:
+        raise BadInputError(
+            f"The demo needs the Python package {error.name}, which cannot be imported ({error}); "
+            "install it with: pip install gguf bitsandbytes, or run: make demo."
+        ) from error
+    from lib_precision_lora.report.demo.chart import write_chart
+    from lib_precision_lora.report.demo.table import demo_text
+
+    if options.chart is not None:
+        check_chart_path(options.chart)
+    result = run_demo(DemoShape(hidden=options.size), options.compute)
+    if options.chart is not None:
+        write_chart(result, options.chart)
+    if options.json:
+        write_json(result.as_object())
+    else:
+        sys.stdout.write(demo_text(result))
+    return FINDINGS if result.findings else FINE
+
+
+def check_chart_path(path: Path) -> None:
+    """Raises BadInputError before anything is measured, where the chart could not be written afterwards."""
+    from lib_precision_lora.report.demo.chart import CHART_SUFFIXES, MissingMatplotlibError, figure_class
+
+    if path.suffix.lower() not in CHART_SUFFIXES:
+        raise BadInputError(f"--chart {path}: the ending must be one of {', '.join(CHART_SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise BadInputError(f"--chart {path}: there is no folder {path.parent}; make it first.")
+    try:
+        figure_class()
+    except MissingMatplotlibError as error:
+        raise BadInputError(str(error)) from error
+
+
+def run_inspect_command(options: argparse.Namespace) -> int:
+    from lib_precision_lora.report.inspect_file import UnreadableFileError, inspect_file
+    from lib_precision_lora.report.inspect_text import inspection_text
+
+    try:
+        inspection = inspect_file(options.lora)
+    except UnreadableFileError as error:
+        raise BadInputError(str(error)) from error
+    if options.json:
+        write_json(inspection.as_object())
+    else:
+        sys.stdout.write(inspection_text(inspection))
+    return FINDINGS if inspection.findings else FINE
+
+
+def write_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

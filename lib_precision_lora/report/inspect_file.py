@@ -1,0 +1,124 @@
+"""What a LoRA file holds, layer by layer, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lib_precision_lora.adapters import AdapterError, AdapterFile, adapter_bytes, read_adapters
+
+
+class UnreadableFileError(ValueError):
+    """A file that is no readable safetensors file; one sentence, with what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One adapter. alpha: as the file gives it, None where it gives none; nbytes: of its factors."""
+
+    name: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """layout: who writes files so ("kohya", "PEFT", …); unmatched: keys that are not understood, which
+    alone are no finding; findings: why the file, or a part of it, cannot be applied."""
+
+    path: str
+    nbytes: int
+    layout: str
+    layers: tuple[Layer, ...]
+    unmatched: tuple[str, ...]
+    findings: tuple[str, ...]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Kind → number of layers."""
+        return dict(Counter(layer.kind for layer in self.layers))
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Rank → number of layers, by rank."""
+        return dict(sorted(Counter(layer.rank for layer in self.layers if layer.rank is not None).items()))
+
+    @property
+    def alphas(self) -> dict[float, int]:
+        """Alpha → number of layers, by alpha."""
+        return dict(sorted(Counter(layer.alpha for layer in self.layers if layer.alpha is not None).items()))
+
+    def as_object(self) -> dict[str, Any]:
+        """For JSON: the fields and the counts."""
+        return {**asdict(self), "kinds": self.kinds, "ranks": self.ranks, "alphas": self.alphas}
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Raises UnreadableFileError for a missing, truncated or other file than safetensors."""
+    tensors = read_lora_file(path)
+    try:
+        adapters = read_adapters(tensors)
+        refusal = None
+    except AdapterError as error:
+        adapters, refusal = AdapterFile({}, (), "unknown"), str(error)
+    return Inspection(
+        path=str(path),
+        nbytes=path.stat().st_size,
+        layout=adapters.layout,
+        layers=tuple(layers(adapters, tensors)),
+        unmatched=adapters.unmatched,
+        findings=tuple(findings(tensors, adapters, refusal)),
+    )
+
+
+def read_lora_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on the CPU. Raises UnreadableFileError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UnreadableFileError(f"{path}: there is no such file; check the path.") from error
+    except SafetensorError as error:
+        raise UnreadableFileError(
+            f"{path}: the file of {path.stat().st_size} bytes is truncated or no safetensors file "
+            f"({error}); download it again."
+        ) from error
+    except OSError as error:
+        reason = "it is a folder" if path.is_dir() else error.strerror or str(error)
+        raise UnreadableFileError(f"{path}: the file cannot be read: {reason}; check the path.") from error
+
+
+def layers(adapters: AdapterFile, tensors: Mapping[str, Tensor]) -> Iterator[Layer]:
+    for name, adapter in adapters.items():
+        alpha = tensors.get(f"{name}.alpha")
+        yield Layer(
+            name=str(name),
+            kind=adapter.kind,
+            rank=adapter.rank,
+            alpha=None if alpha is None else float(alpha),
+            nbytes=adapter_bytes(adapter),
+        )
+
+
+def findings(tensors: Mapping[str, Tensor], adapters: AdapterFile, refusal: str | None) -> Iterator[str]:
+    """One sentence each: tensors without values, with NaN or inf, what the reader refused, no layer."""
+    for key, values in tensors.items():
+        if values.numel() == 0:
+            yield f"{key}: shape {list(values.shape)} holds no values (rank zero)"
+        elif values.is_floating_point():
+            count = int((~torch.isfinite(values.float())).sum())
+            if count:
+                yield f"{key}: {count} of {values.numel()} values are NaN or inf"
+    if refusal is not None:
+        yield f"the file cannot be applied: {refusal}"
+    elif not adapters:
+        yield f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a kind not known yet?"

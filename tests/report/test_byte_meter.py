@@ -1,0 +1,44 @@
+"""The meter counts what operators allocate, once, and while it lives."""
+
+from __future__ import annotations
+
+import torch
+
+from lib_precision_lora.report.byte_meter import ByteMeter
+
+KIBIBYTE = 1024
+
+
+def test_a_new_tensor_counts_until_it_is_gone() -> None:
+    meter = ByteMeter()
+    with meter:
+        first = torch.zeros(KIBIBYTE, dtype=torch.uint8)
+        del first
+        second = torch.zeros(3 * KIBIBYTE, dtype=torch.uint8)
+    assert (meter.live, meter.peak) == (3 * KIBIBYTE, 3 * KIBIBYTE)
+    del second
+    assert meter.live == 0
+
+
+def test_tensors_that_live_together_add_up() -> None:
+    meter = ByteMeter()
+    with meter:
+        both = torch.zeros(KIBIBYTE), torch.zeros(KIBIBYTE, dtype=torch.float64)
+    assert meter.peak == 12 * KIBIBYTE == sum(part.nbytes for part in both)
+
+
+def test_views_and_in_place_results_count_once() -> None:
+    meter = ByteMeter()
+    with meter:
+        whole = torch.zeros(KIBIBYTE)
+        whole[::2].add_(1)
+        whole.view(32, 32).T.mul_(2)
+    assert meter.peak == 4 * KIBIBYTE
+
+
+def test_what_was_there_before_does_not_count() -> None:
+    before = torch.zeros(KIBIBYTE)
+    meter = ByteMeter()
+    with meter:
+        before.add_(1).view(32, 32)
+    assert meter.peak == 0
