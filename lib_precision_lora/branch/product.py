@@ -31,7 +31,7 @@ class SingleProduct:
 
     def __call__(self, op: Bilinear, x: Tensor, w: Tensor, axes: tuple[int, ...]) -> Tensor:
         x, w = x.float(), w.float()
-        if x.is_cuda and tensor_float_allowed():
+        if x.is_cuda and tensor_float_allowed(convolution=axes != (-1,)):
             return split_product(op, x, w)
         return op(x, w)
 
@@ -76,10 +76,11 @@ def magnitude(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return torch.where(largest > 0, size, torch.ones_like(size))
 
 
-def tensor_float_allowed() -> bool:
-    """Whether this process lets CUDA round fp32 operands to TF32 (10 bits of mantissa)."""
+def tensor_float_allowed(convolution: bool) -> bool:
+    """Whether this process lets CUDA round the fp32 operands of a convolution, or of a matrix product, to
+    TF32 (10 bits of mantissa)."""
     try:
-        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # torch 2.9 and later refuse to answer once the process has used their newer flags
         return True
 

@@ -77,9 +77,6 @@ def test_the_kinds_are_the_adapters() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        ("lora", (UP, DOWN, 1.0, None, torch.ones(6, 1))),
-        ("loha", (UP, DOWN, 1.0, UP, DOWN, None, None, None)),
-        ("lokr", (UP, DOWN, 1.0, None, None, None, None, None, None)),
         ("glora", (UP, DOWN, UP, DOWN, None, None)),
         ("fooocus", (UP, DOWN, DOWN)),
         ["layer", (UP,)],
@@ -88,7 +85,7 @@ def test_the_kinds_are_the_adapters() -> None:
         (),
         ("lora", (UP,), (DOWN,)),
     ],
-    ids=["dora", "loha", "lokr", "glora", "fooocus", "list", "None", "string", "empty", "three"],
+    ids=["glora", "fooocus", "list", "None", "string", "empty", "three"],
 )
 def test_what_is_not_understood_is_left_to_the_host(value: object) -> None:
     assert from_forge_patch("layer", value) is None

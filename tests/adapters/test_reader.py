@@ -175,15 +175,10 @@ def test_a_key_map_gives_whole_weights_rows_and_row_functions() -> None:
 
 
 UNMATCHED: Mapping[str, tuple[list[str], list[str]]] = {
-    "an unknown ending": (["a.oft_blocks"], ["a.oft_blocks"]),
+    "an unknown ending": (["a.lora_magic"], ["a.lora_magic"]),
     "a module the map lacks": (["z.lora_up.weight", "z.lora_down.weight", "z.alpha"],) * 2,
     "an alpha alone": (["a.alpha"], ["a.alpha"]),
     "a core alone": (["a.lora_mid.weight"], ["a.lora_mid.weight"]),
-    "a DoRA": (["a.lora_up.weight", "a.lora_down.weight", "a.dora_scale"],) * 2,
-    "a DoRA with a bias": (
-        ["a.lora_up.weight", "a.lora_down.weight", "a.dora_scale", "a.diff_b"],
-        ["a.lora_up.weight", "a.lora_down.weight", "a.dora_scale"],
-    ),
     "a diff beside a LoRA": (["a.lora_up.weight", "a.lora_down.weight", "a.diff"], ["a.diff"]),
     "a diff beside a set": (["a.set_weight", "a.diff"], ["a.diff"]),
     "an unknown key that is a module's name": (["a", "a.lora_up.weight", "a.lora_down.weight"], ["a"]),

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, Target, make_lora, read_adapters, row_order
-from lib_precision_lora.adapters.terms import Dense, LowRank, Segment
 from tests.oracles import swap_halves
 
 FORMS = {
@@ -92,27 +91,3 @@ def test_reordered_adapters_are_those_of_the_reordered_weight(key: str) -> None:
     (dense,) = read_adapters({f"a.{key}": up}).values()
     assert torch.equal(dense.reordered(order).tensors()[0], swap_halves(up))
     assert dense.reordered(order).kind == dense.kind
-
-
-def test_segments_split_into_the_same_weight() -> None:
-    g = torch.Generator().manual_seed(2)
-    up, down, value = (torch.randn(shape, generator=g) for shape in ((10, 2), (2, 4), (10, 4)))
-    base = torch.randn(10, 4, generator=g)
-    segment = Segment(0, 8, 0.5, (LowRank(up, down, 2.0, 1),), (Dense(value, -1.0, 2),))
-
-    def weight(segment: Segment) -> Tensor:
-        height = segment.stop - segment.start
-        result = (1.0 + segment.left) * base[segment.start : segment.stop]
-        for term in segment.terms:
-            result = result + term.scale * term.up[term.first : term.first + height] @ term.down
-        for dense in segment.dense:
-            result = result + dense.scale * dense.value[dense.first : dense.first + height]
-        return result
-
-    whole = weight(segment)
-    upper, lower = segment.split(3)
-    assert (upper.start, upper.stop, lower.start, lower.stop) == (0, 3, 3, 8)
-    torch.testing.assert_close(torch.cat([weight(upper), weight(lower)]), whole)
-    torch.testing.assert_close(weight(segment.scaled(0.3)), 0.3 * whole)
-    assert not segment.is_identity
-    assert Segment(0, 8).is_identity

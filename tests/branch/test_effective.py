@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_precision_lora.adapters import AdapterError, make_lora
+from lib_precision_lora.adapters import AdapterError, Add, make_lora
 from lib_precision_lora.branch import EffectiveWeight, Patch
 from lib_precision_lora.branch.compose import Reordered, effective_weights
 from lib_precision_lora.storage import stored_weight
@@ -133,13 +133,13 @@ def test_identity_has_no_delta_and_apply_leaves_it_as_it_was() -> None:
 def test_a_stack_holds_the_files_own_tensors_and_no_copies() -> None:
     adapter = recipe("lora-rank-16-bf16", SHAPE).adapter
     weight = EffectiveWeight.identity(stored_weight(MATRIX)).apply(adapter).apply(adapter, 2.0, None)
-    (segment,) = weight.segments
-    held = {id(tensor) for term in segment.terms for tensor in (term.up, term.down)}
+    assert len(weight.steps) == 2
+    held = {id(tensor) for step in weight.steps if isinstance(step, Add) for tensor in step.term.tensors()}
     assert held == {id(tensor) for tensor in adapter.tensors()}
 
 
 def test_delta_reads_a_large_weight_in_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_precision_lora.branch.effective.ROW_BLOCK_BYTES", 8 * 256 * 5)
+    monkeypatch.setattr("lib_precision_lora.branch.reading.BLOCK_BYTES", 8 * 256 * 5)
     case = stored_variant("gguf-Q4_0", MATRIX)
     value, term = recipe("set-fp16", SHAPE), recipe("lora-rank-4-without-alpha", (10, 256))
     weight = EffectiveWeight.identity(stored_weight(case.parameter)).apply(value.adapter)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import AdapterError
 from lib_precision_lora.branch import EffectiveWeight, PatchSession
 from lib_precision_lora.storage import stored_weight
+from tests.branch.hosts import stored_holder
 from tests.families import BASE_STD, FAMILIES, Family, family
 from tests.oracles import Step, merge
 from tests.storage.formats import stored_variant
@@ -165,14 +166,11 @@ def test_a_rotation_of_a_vocabulary_is_refused(name: str) -> None:
 )
 def test_a_forward_on_every_stored_weight_multiplies_with_the_merged_weight(name: str) -> None:
     for stored in STORED:
-        case = stored_variant(stored, base_matrix(SHAPE))
-        holder = nn.Module()
-        holder.layer = case.module
-        type(case.module).__name__ = "Linear"
+        holder, case = stored_holder(stored, base_matrix(SHAPE))
         made, x = family(name, SHAPE), torch.randn(3, 64, generator=torch.manual_seed(2))
         weight, _ = merge(case.expected, [Step(made.change, 0.7)])
-        expected = x.double() @ weight.T + case.module.bias.double()
+        expected = x.double() @ weight.T + holder.layer.bias.double()
         with torch.no_grad(), PatchSession(holder) as session:
             session.apply([("file", {"layer.weight": made.adapter}, 0.7)])
-            y = case.module(x)
+            y = holder(x)
         assert float((y.double() - expected).norm() / expected.norm()) <= 1e-5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from lib_precision_lora.branch import PatchSession, conv, embedding
+from lib_precision_lora.branch import PatchSession, conv
 from lib_precision_lora.branch import linear as linear_module
 from lib_precision_lora.branch.factors import DOWN_SUM_BOUND, UP_SUM_BOUND, balanced_factors, half_factors
 from lib_precision_lora.branch.product import HalfProduct, SingleProduct, choose_product, split_product
@@ -85,11 +85,9 @@ def test_every_product_of_a_forward_is_one_of_the_two_arithmetics(monkeypatch: p
     monkeypatch.setattr(linear_module, "linear", counted(linear))
     monkeypatch.setattr("lib_precision_lora.branch.rows.linear", counted(linear))
     monkeypatch.setitem(conv._CONVOLVE, 2, counted(conv2d))
-    monkeypatch.setattr(embedding, "_times", counted(embedding._times))
     layers = {
         "linear": (nn.Linear(8, 12), (12, 8), torch.ones(2, 8)),
         "conv": (nn.Conv2d(8, 12, 3), (12, 8, 3, 3), torch.ones(2, 8, 4, 4)),
-        "embedding": (nn.Embedding(12, 8), (12, 8), torch.arange(12)),
     }
     for layer, shape, x in layers.values():
         before = products
