@@ -27,7 +27,7 @@ class Requirement:
         """What is wrong with it in this host, or None."""
         try:
             found: Any = importlib.import_module(self.module)
-        except ImportError as error:
+        except Exception as error:  # noqa: BLE001  importing runs the host's code, which can fail in any way
             return f"module {self.module} cannot be imported ({error})"
         for name in self.path.split("."):
             if not hasattr(found, name):
@@ -36,9 +36,14 @@ class Requirement:
         if not self.parameters:
             return None
         try:
-            present = list(inspect.signature(found).parameters)
+            parameters = inspect.signature(found).parameters
         except (TypeError, ValueError):
             return f"{self} is not a function"
+        present = list(parameters)
+        if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= {
+            parameter.kind for parameter in parameters.values()
+        }:
+            return None  # another extension's wrapper, which passes on what it gets
         if tuple(name for name in present if name in self.parameters) != self.parameters:
             return f"{self} takes ({', '.join(present)}), not ({', '.join(self.parameters)})"
         return None

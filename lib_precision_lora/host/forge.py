@@ -47,10 +47,13 @@ REQUIREMENTS = (
         "load_models_gpu",
         ("models", "memory_required", "hard_memory_preservation"),
     ),
+    Requirement("backend.memory_management", "unload_model_clones", ("model",)),
+    Requirement("backend.memory_management", "current_loaded_models"),
     Requirement("backend.utils", "load_torch_file", ("ckpt", "safe_load")),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
     Requirement("networks", "load_network", ("name", "network_on_disk")),
     Requirement("networks", "update_available_networks_by_names", ("names",)),
+    Requirement("networks", "list_available_networks"),
     Requirement("networks", "available_networks"),
     Requirement("networks", "available_network_aliases"),
     Requirement("networks", "forbidden_network_aliases"),
@@ -72,10 +75,15 @@ class ForgeBinding:
         import networks
         from backend import memory_management, utils
         from backend.patcher import lora
-        from modules import processing, shared
+        from modules import processing, sd_models, shared
 
         self._shared = shared
-        self.notices = Notices()
+        self._memory_management = memory_management
+        self._host_refresh = lora.LoraLoader.refresh
+        self._failures = 0  # conditioning that was computed with one before it is not used after it
+        self.notices = Notices(
+            lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
+        )
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         files = LoraFiles(lambda path: utils.load_torch_file(path, safe_load=True))
         self.loader = NetworkLoader(files, self.notices)
@@ -94,10 +102,16 @@ class ForgeBinding:
         return self._sessions
 
     def stand_back(self) -> None:
-        """Take everything off, and have the host build its own patches at its next chance."""
-        for session in list(self._sessions.values()):
-            session.clear()
-        self._sessions.clear()
+        """Take everything off, and have the host build its own patches at its next chance.
+
+        By itself it would skip identifiers that it has merged in part, and a patcher that is loaded.
+        """
+        for model in list(self._sessions):
+            self._sessions.pop(model).clear()
+            self._host_refresh(model.lora_loader, {}, force_refresh=True)
+            for loaded in list(self._memory_management.current_loaded_models):
+                if loaded.model.model is model:
+                    self._memory_management.unload_model_clones(loaded.model)
         self.loader.stand_back()
 
     def uninstall(self) -> None:
@@ -127,15 +141,17 @@ class ForgeBinding:
                 if session is not None:
                     session.clear()
                     del self._sessions[model]
+                    force_refresh = True
                 host_refresh(lora_loader, lora_patches, offload_device, force_refresh)
                 return
             if session is None:
                 session = self._sessions[model] = HostedSession(model)
 
             def merge(host_patches: Any) -> None:
-                host_refresh(lora_loader, host_patches, offload_device, force_refresh)
+                host_refresh(lora_loader, host_patches, offload_device, True)
 
             for problem in session.follow(model, lora_patches, settings.compute, merge):
+                self._failures += 1
                 self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
 
         return refresh
@@ -156,6 +172,8 @@ class ForgeBinding:
             names: Any, te_multipliers: Any = None, unet_multipliers: Any = None, dyn_dims: Any = None
         ) -> None:
             self.notices.begin()
+            for session in self._sessions.values():
+                session.try_again()
             if self.settings().enabled:
                 self.loader.load(names, te_multipliers, unet_multipliers)
             else:
@@ -170,7 +188,7 @@ class ForgeBinding:
             if settings.enabled and settings.on_failure == "stop":
                 self.notices.stop_if_any()
             versions = self.loader.versions if settings.enabled else ()
-            ours = (settings.compute, versions) if versions else ()
+            ours = (settings.compute, versions, self._failures) if versions else ()
             return (*host_params(processing, *args, **kwargs), ours)
 
         return cached_params

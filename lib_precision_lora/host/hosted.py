@@ -32,6 +32,7 @@ class HostedSession:
         self._values: list[Any] = []
         self._adapters: dict[int, tuple[Any, Adapter | None]] = {}
         self._theirs: object = None
+        self._problems: list[PatchError] = []
 
     def follow(
         self,
@@ -39,41 +40,65 @@ class HostedSession:
         host_patches: HostPatches,
         compute: Compute,
         merge: Callable[[HostPatches], None],
-    ) -> list[PatchError]:
+    ) -> Sequence[PatchError]:
         """Bring the model to these patches; nothing happens where nothing has changed.
 
-        merge: the host's own way, given the patches that are not ours. Returns the reason for each source
-        that could not be applied and was left out.
+        merge: the host's own way, given the patches that are not ours, to be done whether or not their
+        identifiers are those of the last time. Returns the reason for each source that is left out.
         """
         signature = compute, *_flat(host_patches)
         if signature == self._signature:
-            return []
+            return self._problems
         self._signature = None
         ours, theirs = self._divide(model, host_patches)
+        problems: list[PatchError] = []
         if _flat(theirs) != self._theirs:
             self._session.clear()
-            self._theirs = None
-        merge(theirs)
-        self._theirs = _flat(theirs)
-        problems = self._apply(ours, compute)
+            problems = self._merge(theirs, merge)
+        left_out = {problem.source for problem in problems}
+        ours = [patch for patch in ours if patch.source not in left_out]
+        self._problems = [*problems, *self._apply(model, ours, compute)]
         self._signature = signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
         ]
-        return problems
+        return self._problems
 
     def clear(self) -> None:
+        """Take off everything that is ours; what the host has merged is the host's to take out."""
         self._session.clear()
         self._signature = self._theirs = None
         self._values.clear()
         self._adapters.clear()
+        self._problems = []
+
+    def try_again(self) -> None:
+        """Where something was left out, try it once more at the next occasion."""
+        if self._problems:
+            self._signature = None
 
     @property
     def attached(self) -> tuple[str, ...]:
         return self._session.attached
 
-    def _apply(self, patches: list[Patch], compute: Compute) -> list[PatchError]:
-        """Attach as many sources as can be; each that fails is left out whole."""
+    def _merge(self, theirs: HostPatches, merge: Callable[[HostPatches], None]) -> list[PatchError]:
+        """Have the host merge its part. Where it fails, it takes all of it out again, and every source of
+        it is left out."""
+        self._theirs = None
+        try:
+            merge(theirs)
+        except Exception as error:
+            logger.exception("the WebUI's own merge failed")
+            merge({})
+            reason = f"the WebUI's own merge failed ({type(error).__name__}: {error})"
+            sources = dict.fromkeys(_source(identifier) for identifier in theirs)
+            return [PatchError(f"{source}: {reason}", source) for source in sources]
+        self._theirs = _flat(theirs)
+        return []
+
+    def _apply(self, model: nn.Module, patches: list[Patch], compute: Compute) -> list[PatchError]:
+        """Attach as many sources as can be; each that fails is left out whole, and all of them where it
+        cannot be told which one does."""
         problems: list[PatchError] = []
         while True:
             try:
@@ -85,6 +110,16 @@ class HostedSession:
                 if error.source is None or len(remaining) == len(patches):
                     remaining = []
                 patches = remaining
+            except Exception as error:
+                logger.exception("attaching LoRAs failed")
+                self._session.clear()
+                problems.append(
+                    PatchError(
+                        f"attaching failed ({type(error).__name__}: {error}), so that none is active on "
+                        f"{type(model).__name__}; please report it with the console's log"
+                    )
+                )
+                return problems
 
     def _divide(self, model: nn.Module, host_patches: HostPatches) -> tuple[list[Patch], HostPatches]:
         """Our patches in the host's order, and the host's part in its own format."""

@@ -24,7 +24,8 @@ patches are in place."""
 class NetworkLoader:
     """Reads the LoRAs of a prompt and puts them on the checkpoint's patchers.
 
-    versions: the files of the last call, for the key of cached conditioning.
+    versions: the files of the last call (None for one that was left out), for the key of cached
+    conditioning.
     """
 
     def __init__(self, files: LoraFiles, notices: Notices) -> None:
@@ -35,7 +36,7 @@ class NetworkLoader:
         self._matches: weakref.WeakKeyDictionary[nn.Module, dict[Stamp, FileMatch]] = (
             weakref.WeakKeyDictionary()
         )
-        self.versions: tuple[Stamp, ...] = ()
+        self.versions: tuple[Stamp | None, ...] = ()
 
     def load(
         self, names: Sequence[str], te_multipliers: Sequence[float], unet_multipliers: Sequence[float]
@@ -57,22 +58,20 @@ class NetworkLoader:
             kept = self._patchers[engine] = KeptPatchers(engine)
         kept.start(engine)
         matches: dict[Stamp, FileMatch] = {}
+        versions: list[Stamp | None] = []
         for name, te, unet in zip(names, te_multipliers, unet_multipliers, strict=True):
             try:
-                on_disk = find_network(networks, name)
-                stamp = Stamp.of(on_disk.filename)
-                match = self._match(engine, on_disk.name, stamp)
-                network = networks.load_network(name, on_disk)
+                stamp, match, network = self._read(engine, name)
             except FileProblem as problem:
                 self._notices.problem(name, f"LoRA {name} was left out: {problem}")
+                versions.append(None)
                 continue
-            kept.add(on_disk.filename, match, unet, te)
+            kept.add(network.network_on_disk.filename, match, unet, te)
             matches[stamp] = match
-            self.versions += (stamp,)
-            network.mentioned_name = name
-            on_disk.read_hash()
+            versions.append(stamp)
             networks.loaded_networks.append(network)
             log_applied(name, match, unet, te)
+        self.versions = tuple(versions)
         self._matches[engine.forge_objects_original.unet.model] = matches
         self._use(engine, kept)
         if hasattr(engine, "comments"):  # the WebUI gives it to an engine when a generation begins
@@ -96,6 +95,31 @@ class NetworkLoader:
         engine.forge_objects.unet = original.unet if kept is None else kept.unet
         engine.forge_objects.clip = original.clip if kept is None else kept.clip
         engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+
+    def _read(self, engine: Any, name: str) -> tuple[Stamp, FileMatch, Any]:
+        """The file of this name: its version, its patches, and how the WebUI lists it.
+
+        Raises `FileProblem`, for whatever reason; any other exception the WebUI would swallow, and sample
+        with the former LoRAs.
+        """
+        import networks
+
+        try:
+            on_disk = find_network(networks, name)
+            stamp = Stamp.of(on_disk.filename)
+            match = self._match(engine, on_disk.name, stamp)
+            network = networks.load_network(name, on_disk)
+            network.mentioned_name = name
+            on_disk.read_hash()
+            return stamp, match, network
+        except FileProblem:
+            raise
+        except Exception as error:
+            logger.exception("reading LoRA %s failed", name)
+            raise FileProblem(
+                f"reading it failed ({type(error).__name__}: {error}); please report it with the "
+                "console's log"
+            ) from error
 
     def _match(self, engine: Any, name: str, stamp: Stamp) -> FileMatch:
         """The file's patches for this checkpoint, from the last call where nothing has changed."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lib_precision_lora.adapters import Adapter, AdapterError, Target, read_adapters, to_forge_patch
+from lib_precision_lora.adapters.adapter import require_finite
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.storage import StorageError, stored_weight
@@ -66,6 +67,7 @@ def match_file(
     patches: list[dict[Any, Any]] = []
     kinds: Counter[str] = Counter()
     rest = dict(state_dict)
+    absent: list[str] = []
     layout = "unknown"
     for keys in (unet, text_encoder):
         found: dict[Any, Any] = {}
@@ -77,6 +79,8 @@ def match_file(
                     if check(keys.model, target, adapter):
                         found[host_key(target)] = to_forge_patch(adapter)
                         kinds[describe(adapter)] += 1
+                    else:
+                        absent.append(target.parameter)
             except AdapterError as error:
                 raise FileProblem(f"{name} cannot be applied: {error}") from error
             layout = file.layout if file.layout != "unknown" else layout
@@ -85,8 +89,13 @@ def match_file(
     for keys, found in zip((unet, text_encoder), patches, strict=True):
         if keys is not None and rest:
             theirs, rest = _host_patches(name, host_parser, rest, keys)
-            kinds.update(str(value[0]) for value in theirs.values())
-            found.update({key: value for key, value in theirs.items() if key not in found})
+            for key, value in theirs.items():
+                parameter = key if isinstance(key, str) else key[0]
+                if find_parameter(keys.model, parameter) is None:
+                    absent.append(parameter)
+                elif key not in found:
+                    found[key] = value
+                    kinds[str(value[0])] += 1
     if not any(patches):
         raise FileProblem(
             f"{name} was made for another model: none of its {len(state_dict)} tensors ({layout} layout) "
@@ -95,6 +104,7 @@ def match_file(
     unmatched = tuple(
         key for key in rest if text_encoder is not None or not key.startswith(TEXT_ENCODER_PREFIXES)
     )
+    unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
     return FileMatch(patches[0], patches[1], unmatched, summary)
 
@@ -147,7 +157,12 @@ def _host_patches(
     name: str, host_parser: HostParser, rest: Mapping[str, Tensor], keys: KeyMap
 ) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     try:
-        return host_parser(dict(rest), keys.names)
+        patches, unmatched = host_parser(dict(rest), keys.names)
+        for key in rest.keys() - unmatched.keys():
+            require_finite(name, **{key: rest[key].float()})
+        return patches, unmatched
+    except AdapterError as error:
+        raise FileProblem(f"{name} cannot be applied: {error}") from error
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise FileProblem(
             f"{name} cannot be applied: the WebUI's own reader fails on it ({error!r})"

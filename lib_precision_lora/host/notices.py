@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger("lib_precision_lora")
@@ -15,27 +16,38 @@ class GenerationStopped(RuntimeError):
 
 
 class Notices:
-    """Collects what went wrong with the LoRAs that are set now, and shows it with their image."""
+    """Collects what went wrong with the LoRAs that are set now, and shows it with their image.
 
-    def __init__(self) -> None:
+    generation: returns an object that is another one in every generation; what a former one has left
+    behind, however it ended, is none of the next one's.
+    """
+
+    def __init__(self, generation: Callable[[], object] = lambda: None) -> None:
+        self._generation = generation
+        self._present: object = None
         self._problems: dict[str, str] = {}
         self._shown: set[str] = set()
+        self._former_passes: list[str] = []
 
     def begin(self) -> None:
-        """Forget the previous set's problems."""
+        """Forget the previous set's problems, but for those of this generation that nobody has seen."""
+        self._former_passes = self.unshown()
         self._problems.clear()
         self._shown.clear()
 
     def problem(self, source: str, message: str) -> None:
-        """A file that was left out. source: its name; message: a sentence with the reason."""
-        logger.warning("%s", message)
-        self._problems[message] = source
+        """A file that was left out. source: its name; message: a sentence with the reason, logged once."""
+        self._forget_former_generations()
+        if message not in self._problems:
+            logger.warning("%s", message)
+            self._problems[message] = source
 
     def show(self, comments: Any, parameters: dict[str, Any]) -> None:
         """Add what has come up to a generation's comments and to the parameters of its images.
 
         comments: takes a sentence (`p.comment`, or a list's `append`).
         """
+        self._forget_former_generations()
         if not self._problems:
             return
         present = [part for part in str(parameters.get(INFOTEXT_SKIPPED, "")).split(", ") if part]
@@ -46,15 +58,27 @@ class Notices:
 
     def unshown(self) -> list[str]:
         """The messages that have come up since the last `show`, once."""
-        messages = [message for message in self._problems if message not in self._shown]
+        self._forget_former_generations()
+        unseen = [message for message in self._problems if message not in self._shown]
+        messages = list(dict.fromkeys([*self._former_passes, *unseen]))
+        self._former_passes = []
         self._shown.update(messages)
         return messages
 
     def stop_if_any(self) -> None:
         """Raise `GenerationStopped` if something was left out."""
+        self._forget_former_generations()
         if self._problems:
             problems = "; ".join(self._problems)
             self._problems.clear()
             raise GenerationStopped(
                 f"{problems}. The generation was stopped, as set under Settings > Precision LoRA"
             )
+
+    def _forget_former_generations(self) -> None:
+        generation = self._generation()
+        if generation is not self._present:
+            self._present = generation
+            self._problems.clear()
+            self._shown.clear()
+            self._former_passes = []

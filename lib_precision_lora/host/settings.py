@@ -24,18 +24,21 @@ class Settings:
 def read_settings(opts: Any) -> Settings:
     """The options of a WebUI; one that is not registered (yet) or nonsense has its default."""
     default = Settings()
+    enabled = getattr(opts, ENABLED, default.enabled)
     return Settings(
-        enabled=bool(getattr(opts, ENABLED, default.enabled)),
-        compute=_COMPUTE.get(getattr(opts, COMPUTE, ""), default.compute),
+        enabled=enabled if isinstance(enabled, bool) else default.enabled,
+        compute=_COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.compute),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
     )
 
 
 def register_settings() -> None:
     """Add the section "Precision LoRA" to the WebUI's settings."""
+    import gradio
     from modules import shared
 
     for option in OPTIONS:
-        info = shared.OptionInfo(option.default, option.label, option.component, option.component_args)
+        component = None if option.component is None else getattr(gradio, option.component)
+        info = shared.OptionInfo(option.default, option.label, component, option.component_args)
         info.section = SECTION
         shared.opts.add_option(option.key, info.info(option.info))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import gradio
+from typing import Any, Literal
 
 SECTION = ("precision_lora", "Precision LoRA")
 ENABLED = "precision_lora_enabled"
@@ -17,13 +15,14 @@ CONTINUE, STOP = "Continue without it", "Stop the generation"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One setting, as the WebUI's options want it."""
+    """One setting, as the WebUI's options want it; component: by its name in gradio, None for the usual one
+    of the default's type."""
 
     key: str
     default: Any
     label: str
     info: str
-    component: type | None = None
+    component: Literal["Radio"] | None = None
     component_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -41,7 +40,7 @@ OPTIONS = (
         "Compute mode",
         "Automatic: the fastest that stays exact; fp16: half-precision products everywhere; fp32: full "
         "precision everywhere, slower",
-        gradio.Radio,
+        "Radio",
         {"choices": ["Automatic", "fp16", "fp32"]},
     ),
     Option(
@@ -49,7 +48,7 @@ OPTIONS = (
         CONTINUE,
         "When a LoRA cannot be applied",
         "a damaged file, or one for another model; the page, the log and the image's parameters say which",
-        gradio.Radio,
+        "Radio",
         {"choices": [CONTINUE, STOP]},
     ),
 )

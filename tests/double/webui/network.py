@@ -1,0 +1,33 @@
+"""A LoRA file, and one in use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+
+class NetworkOnDisk:
+    """A file of the LoRA folder."""
+
+    def __init__(self, name: str, filename: str) -> None:
+        self.name, self.filename, self.alias = name, filename, name
+        self.metadata: dict[str, Any] = {}
+        self.hash: str | None = None
+        self.shorthash: str | None = None
+        os.stat(filename)
+
+    def read_hash(self) -> None:
+        if not self.hash:
+            self.hash = hashlib.sha256(Path(self.filename).read_bytes()).hexdigest()
+            self.shorthash = self.hash[:12]
+
+
+class Network:
+    """A LoRA that the prompt mentions."""
+
+    def __init__(self, name: str, network_on_disk: NetworkOnDisk) -> None:
+        self.name, self.network_on_disk = name, network_on_disk
+        self.mentioned_name: str | None = None
+        self.mtime: float | None = None

@@ -1,0 +1,50 @@
+"""Every test of this folder runs against the double and, where FORGE_ROOT points at one, a real Forge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host.settings import register_settings
+from tests.forge.real_forge import HOW_TO_RUN
+from tests.host.webui import KINDS, Host, running_host
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """These tensors are small: waking a second thread costs more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def host_kind(request: pytest.FixtureRequest) -> str:
+    """Session scope groups the tests by host, so that the real one is imported once, after the double's."""
+    if request.param == "forge" and not os.environ.get("FORGE_ROOT"):
+        pytest.skip(HOW_TO_RUN.replace("tests/forge", "tests/host"))
+    return str(request.param)
+
+
+@pytest.fixture
+def bare_host(host_kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A host without us."""
+    lora_dir = tmp_path / "Lora"
+    lora_dir.mkdir()
+    with running_host(host_kind, tmp_path_factory.getbasetemp() / "forge-data", lora_dir) as host:
+        yield host
+        uninstall()
+
+
+@pytest.fixture
+def host(bare_host: Host) -> Host:
+    """A host with us in it, settings registered."""
+    register_settings()
+    assert install()
+    return bare_host

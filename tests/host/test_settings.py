@@ -1,0 +1,175 @@
+"""What the settings do, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lib_precision_lora.host.settings import Settings, read_settings
+from lib_precision_lora.ui.settings import COMPUTE, CONTINUE, ENABLED, ON_FAILURE, OPTIONS, SECTION, STOP
+from tests.host.checkpoints import Checkpoint
+from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.loras import Active, exact_output, make_lora, prompt, with_loha
+from tests.host.observers import bases_of, branches, hooks_of
+from tests.host.webui import Host
+
+EXACT = 1e-5
+
+
+@pytest.fixture
+def checkpoint(host: Host) -> Checkpoint:
+    return load_checkpoint(host, lambda: Checkpoint(host))
+
+
+def test_a_lora_is_computed_exactly_beside_an_untouched_base(host: Host, checkpoint: Checkpoint) -> None:
+    base = bases_of(checkpoint)
+    lora = make_lora("cats")
+    lora.write(host)
+    image = generate(host, prompt("a cat", Active(lora)))
+    assert distance(image, exact_output(checkpoint, "a cat", [Active(lora)])) < EXACT
+    assert distance(image, exact_output(checkpoint, "a cat")) > 0.1
+    assert bases_of(checkpoint) == base
+    assert checkpoint.model.lora_loader.backup == {}
+
+
+def test_off_is_stock_on_is_exact_at_the_next_generation(host: Host, checkpoint: Checkpoint) -> None:
+    lora = make_lora("cats")
+    lora.write(host)
+    active = [Active(lora)]
+    exact, stock = (exact_output(checkpoint, "a cat", active, stored) for stored in (False, True))
+    for enabled in (True, False, True, True, False, False, True):
+        host.set_option(ENABLED, enabled)
+        image = generate(host, prompt("a cat", *active))
+        assert distance(image, exact if enabled else stock) < EXACT, enabled
+        assert distance(image, stock if enabled else exact) > 1e-3, enabled
+        assert bool(hooks_of(checkpoint.model)) is enabled
+
+
+def test_off_applies_the_loras_that_a_prompt_while_on_did_not_mention(
+    host: Host, checkpoint: Checkpoint
+) -> None:
+    lora = make_lora("cats")
+    lora.write(host)
+    stock = exact_output(checkpoint, "a cat", [Active(lora)], stored=True)
+    for enabled, active, expected in (
+        (False, [Active(lora)], stock),
+        (True, [], exact_output(checkpoint, "a cat")),
+        (False, [Active(lora)], stock),
+    ):
+        host.set_option(ENABLED, enabled)
+        assert distance(generate(host, prompt("a cat", *active)), expected) < EXACT
+
+
+def test_off_leaves_nothing_of_ours_on_the_model(host: Host, checkpoint: Checkpoint) -> None:
+    base = bases_of(checkpoint)
+    lora = make_lora("cats")
+    lora.write(host)
+    generate(host, prompt("a cat", Active(lora)))
+    host.set_option(ENABLED, False)
+    image = generate(host, "a cat")
+    assert distance(image, exact_output(checkpoint, "a cat")) < EXACT
+    assert hooks_of(checkpoint.model) == hooks_of(checkpoint.encoder) == 0
+    assert bases_of(checkpoint) == base
+    assert checkpoint.forge_objects.unet is checkpoint.forge_objects_original.unet
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_partly_merged_by_the_host_changes_sides_whole(
+    host: Host, checkpoint: Checkpoint, first: bool
+) -> None:
+    """Identifiers are the same on both sides, so the host alone would believe that nothing has changed."""
+    lora = with_loha(make_lora("cats"))
+    lora.write(host)
+    active = [Active(lora, 0.5)]
+    for enabled in (first, not first, first, not first):
+        host.set_option(ENABLED, enabled)
+        image = generate(host, prompt("a cat", *active))
+        assert distance(image, exact_output(checkpoint, "a cat", active, stored=not enabled)) < EXACT, enabled
+
+
+def test_a_change_of_compute_mode_acts_at_the_next_generation(host: Host, checkpoint: Checkpoint) -> None:
+    """All four places where the host skips believe that nothing has changed: only the setting has."""
+    lora = make_lora("cats")
+    lora.write(host)
+    active = [Active(lora)]
+    exact = exact_output(checkpoint, "a cat", active)
+    errors = {}
+    for mode in ("fp16", "fp32", "fp16", "Automatic"):
+        host.set_option(COMPUTE, mode)
+        encodes = checkpoint.encodes
+        errors[mode] = distance(generate(host, prompt("a cat", *active)), exact)
+        assert checkpoint.encodes > encodes, "the text encoder's branch computes in the new mode too"
+    assert errors["fp32"] < EXACT
+    assert errors["Automatic"] < EXACT
+    assert 10 * errors["fp32"] < errors["fp16"] < 5e-3
+
+
+def test_conditioning_is_kept_where_nothing_of_it_changes(host: Host, checkpoint: Checkpoint) -> None:
+    lora = make_lora("cats")
+    lora.write(host)
+    text = prompt("a cat", Active(lora))
+    generate(host, text)
+    encodes = checkpoint.encodes
+    generate(host, text)
+    assert checkpoint.encodes == encodes
+    generate(host, "a cat")
+    without = checkpoint.encodes
+    assert without > encodes
+    for change in ({ENABLED: False}, {COMPUTE: "fp16"}, {ENABLED: True}, {ON_FAILURE: STOP}):
+        for key, value in change.items():
+            host.set_option(key, value)
+        generate(host, "a cat")
+        assert checkpoint.encodes == without, f"{change} is nothing to a prompt without LoRAs"
+
+
+def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Checkpoint) -> None:
+    lora = make_lora("cats")
+    lora.write(host)
+    text = prompt("a cat", Active(lora))
+    for enabled in (True, False, True):
+        host.set_option(ENABLED, enabled)
+        encodes = checkpoint.encodes
+        generate(host, text)
+        assert checkpoint.encodes > encodes
+
+
+def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
+    assert SECTION == ("precision_lora", "Precision LoRA")
+    options = {option.key: option for option in OPTIONS}
+    assert list(options)[:3] == [ENABLED, COMPUTE, ON_FAILURE]
+    assert all(key.startswith("precision_lora_") for key in options)
+    assert options[ENABLED].default is True
+    assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
+    assert options[ON_FAILURE].default == CONTINUE
+    assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
+    assert all(option.label and option.info for option in OPTIONS)
+    assert all(option.default in option.component_args["choices"] for option in OPTIONS if option.component)
+
+
+def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
+    options = host.shared.opts
+    assert read_settings(options) == Settings() == Settings(True, "auto", "continue")
+    for option in OPTIONS:
+        assert options.data_labels[option.key].section == SECTION
+        assert option.info in options.data_labels[option.key].comment_after
+
+
+@pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
+def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
+    for key in (ENABLED, COMPUTE, ON_FAILURE):
+        assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
+    assert read_settings(SimpleNamespace()) == Settings()
+
+
+def test_values_read_as_what_they_say() -> None:
+    options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", ON_FAILURE: STOP})
+    assert read_settings(options) == Settings(False, "fp32", "stop")
+
+
+def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpoint) -> None:
+    image = generate(host, "a cat")
+    assert distance(image, exact_output(checkpoint, "a cat")) < EXACT
+    assert branches(checkpoint.model) == branches(checkpoint.encoder) == 0
+    assert checkpoint.forge_objects.unet is checkpoint.forge_objects_original.unet

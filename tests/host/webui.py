@@ -1,0 +1,125 @@
+"""The host that a test runs against: the double, or the real Forge."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.double import host_modules, load_double, put_host_modules
+
+KINDS = ("double", "forge")
+OPTIONS = {
+    "sd_lora": "None",
+    "lora_add_hashes_to_infotext": True,
+    "lora_preferred_name": "Alias from file",
+    "extra_networks_default_multiplier": 1,
+}
+"""What the host's own LoRA extension registers."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Host:
+    """The modules that tests reach for, and the folder where LoRA files are looked for."""
+
+    kind: str
+    lora_dir: Path
+    base: ModuleType
+    clip: ModuleType
+    engine: ModuleType
+    errors: ModuleType
+    extra_networks: ModuleType
+    lora: ModuleType
+    memory: ModuleType
+    networks: ModuleType
+    processing: ModuleType
+    sampling: ModuleType
+    sd_models: ModuleType
+    shared: ModuleType
+    unet: ModuleType
+
+    @property
+    def current(self) -> Any:
+        """The checkpoint that is loaded."""
+        return self.sd_models.model_data.get_sd_model()
+
+    def set_option(self, key: str, value: Any) -> None:
+        self.shared.opts.data[key] = value
+
+
+MODULES = {
+    "base": "backend.patcher.base",
+    "clip": "backend.patcher.clip",
+    "engine": "backend.diffusion_engine.base",
+    "errors": "modules.errors",
+    "extra_networks": "modules.extra_networks",
+    "lora": "backend.patcher.lora",
+    "memory": "backend.memory_management",
+    "networks": "networks",
+    "processing": "modules.processing",
+    "sampling": "backend.sampling.sampling_function",
+    "sd_models": "modules.sd_models",
+    "shared": "modules.shared",
+    "unet": "backend.patcher.unet",
+}
+
+
+@cache
+def load_forge(root: Path, data: Path) -> dict[str, ModuleType]:
+    """The real host's modules, imported unless a test of `tests/forge` has done so."""
+    from tests.forge.real_forge import import_forge
+
+    shared = sys.modules.get("modules.shared")
+    if shared is None or root not in Path(shared.__file__ or "/").parents:
+        put_host_modules({})
+        import_forge(root, data)
+    for name in (*MODULES.values(), "extra_networks_lora"):
+        import_module(name)
+    return host_modules()
+
+
+@contextmanager
+def running_host(kind: str, data: Path, lora_dir: Path) -> Iterator[Host]:
+    """This host, as if just started, with an empty LoRA folder; of the test, nothing is left in it."""
+    before = host_modules()
+    double = kind == "double"
+    modules = load_double() if double else load_forge(Path(os.environ["FORGE_ROOT"]).resolve(), data)
+    put_host_modules(modules)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            host = Host(kind, lora_dir, **{field: modules[name] for field, name in MODULES.items()})
+            _start(host, modules["extra_networks_lora"].ExtraNetworkLora(), patch)
+            yield host
+    finally:
+        put_host_modules(before)
+
+
+def _start(host: Host, extra_network: Any, patch: pytest.MonkeyPatch) -> None:
+    if "gradio" not in sys.modules and host.kind == "double":
+        patch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+        patch.setattr(sys.modules["gradio"], "Radio", SimpleNamespace, raising=False)
+    opts = host.shared.opts
+    patch.setitem(opts.__dict__, "data", {**opts.data, **OPTIONS})
+    patch.setitem(opts.__dict__, "data_labels", dict(opts.data_labels))
+    patch.setattr(host.shared.cmd_opts, "lora_dir", str(host.lora_dir))
+    patch.setattr(host.sd_models, "model_data", host.sd_models.SdModelData())
+    patch.setattr(host.memory, "current_loaded_models", [])
+    patch.setattr(host.extra_networks, "extra_network_registry", {"lora": extra_network})
+    for owner, names in (
+        (host.processing.StableDiffusionProcessing, ("cached_c", "cached_uc")),
+        (host.processing.StableDiffusionProcessingTxt2Img, ("cached_hr_c", "cached_hr_uc")),
+    ):
+        for name in names:
+            patch.setattr(owner, name, [None, None, None])
+    host.networks.load_lora_state_dict.cache_clear()
+    host.networks.loaded_networks.clear()
+    host.networks.list_available_networks()
