@@ -2,6 +2,7 @@
 
 from lib_precision_lora.adapters.adapter import Adapter, AdapterError, adapter_bytes
 from lib_precision_lora.adapters.diff import Assign, Diff
+from lib_precision_lora.adapters.dora import DoRA
 from lib_precision_lora.adapters.forge_patch import ForgePatch, from_forge_patch, to_forge_patch
 from lib_precision_lora.adapters.lora import LoRA, make_lora
 from lib_precision_lora.adapters.reader import AdapterFile, read_adapters
@@ -17,6 +18,7 @@ __all__ = [
     "Assign",
     "Dense",
     "Diff",
+    "DoRA",
     "ForgePatch",
     "Kronecker",
     "Left",

@@ -150,7 +150,7 @@ class ForgeBinding:
             def merge(host_patches: Any) -> None:
                 host_refresh(lora_loader, host_patches, offload_device, True)
 
-            for problem in session.follow(model, lora_patches, settings.compute, merge):
+            for problem in session.follow(model, lora_patches, settings.arithmetic, merge):
                 self._failures += 1
                 self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
 
@@ -188,7 +188,7 @@ class ForgeBinding:
             if settings.enabled and settings.on_failure == "stop":
                 self.notices.stop_if_any()
             versions = self.loader.versions if settings.enabled else ()
-            ours = (settings.compute, versions, self._failures) if versions else ()
+            ours = (settings.arithmetic, versions, self._failures) if versions else ()
             return (*host_params(processing, *args, **kwargs), ours)
 
         return cached_params

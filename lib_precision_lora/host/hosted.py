@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.adapters import Adapter, AdapterError, Target, from_forge_patch, row_order
+from lib_precision_lora.adapters import Adapter, AdapterError, DoRA, Target, from_forge_patch, row_order
 from lib_precision_lora.branch import Compute, Patch, PatchError, PatchSession
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
+from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.storage import StorageError
 
 logger = logging.getLogger("lib_precision_lora")
@@ -32,13 +34,14 @@ class HostedSession:
         self._values: list[Any] = []
         self._adapters: dict[int, tuple[Any, Adapter | None]] = {}
         self._theirs: object = None
+        self._stock_dora_norm = False
         self._problems: list[PatchError] = []
 
     def follow(
         self,
         model: nn.Module,
         host_patches: HostPatches,
-        compute: Compute,
+        arithmetic: Arithmetic,
         merge: Callable[[HostPatches], None],
     ) -> Sequence[PatchError]:
         """Bring the model to these patches; nothing happens where nothing has changed.
@@ -46,10 +49,13 @@ class HostedSession:
         merge: the host's own way, given the patches that are not ours, to be done whether or not their
         identifiers are those of the last time. Returns the reason for each source that is left out.
         """
-        signature = compute, *_flat(host_patches)
+        signature = arithmetic, *_flat(host_patches)
         if signature == self._signature:
             return self._problems
         self._signature = None
+        if arithmetic.stock_dora_norm != self._stock_dora_norm:
+            self._stock_dora_norm = arithmetic.stock_dora_norm
+            self._adapters.clear()
         ours, theirs = self._divide(model, host_patches)
         problems: list[PatchError] = []
         if _flat(theirs) != self._theirs:
@@ -57,7 +63,7 @@ class HostedSession:
             problems = self._merge(theirs, merge)
         left_out = {problem.source for problem in problems}
         ours = [patch for patch in ours if patch.source not in left_out]
-        self._problems = [*problems, *self._apply(model, ours, compute)]
+        self._problems = [*problems, *self._apply(model, ours, arithmetic.compute)]
         self._signature = signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
@@ -158,7 +164,10 @@ class HostedSession:
         if id(value) in self._adapters:
             return self._adapters[id(value)][1]
         try:
-            return from_forge_patch(name, value)
+            adapter = from_forge_patch(name, value)
+            if self._stock_dora_norm and isinstance(adapter, DoRA):
+                return dataclasses.replace(adapter, base_norm=True)
+            return adapter
         except AdapterError as error:
             logger.warning("a patch of another extension is left to the WebUI: %s", error)
             return None

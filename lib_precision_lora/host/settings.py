@@ -7,9 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lib_precision_lora.branch import Compute
-from lib_precision_lora.ui.settings import COMPUTE, ENABLED, ON_FAILURE, OPTIONS, SECTION, STOP
+from lib_precision_lora.ui.settings import (
+    AS_STOCK,
+    COMPUTE,
+    DORA_NORM,
+    ENABLED,
+    ON_FAILURE,
+    OPTIONS,
+    SECTION,
+    STOP,
+)
 
 _COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What decides the numbers of a branch: the compute mode, and whose norm a DoRA has."""
+
+    compute: Compute = "auto"
+    stock_dora_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +34,7 @@ class Settings:
     """What the user has chosen."""
 
     enabled: bool = True
-    compute: Compute = "auto"
+    arithmetic: Arithmetic = Arithmetic()
     on_failure: Literal["continue", "stop"] = "continue"
 
 
@@ -27,7 +44,10 @@ def read_settings(opts: Any) -> Settings:
     enabled = getattr(opts, ENABLED, default.enabled)
     return Settings(
         enabled=enabled if isinstance(enabled, bool) else default.enabled,
-        compute=_COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.compute),
+        arithmetic=Arithmetic(
+            _COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
+            stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
+        ),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
     )
 

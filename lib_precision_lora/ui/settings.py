@@ -10,7 +10,9 @@ SECTION = ("precision_lora", "Precision LoRA")
 ENABLED = "precision_lora_enabled"
 COMPUTE = "precision_lora_compute"
 ON_FAILURE = "precision_lora_on_failure"
+DORA_NORM = "precision_lora_dora_norm"
 CONTINUE, STOP = "Continue without it", "Stop the generation"
+AS_TRAINED, AS_STOCK = "As it was trained", "As stock Forge does"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,15 @@ OPTIONS = (
         "precision everywhere, slower",
         "Radio",
         {"choices": ["Automatic", "fp16", "fp32"]},
+    ),
+    Option(
+        DORA_NORM,
+        AS_TRAINED,
+        "DoRA norm",
+        "stock Forge takes the norm of the layer without the LoRA, which is not how a DoRA was trained; "
+        "choose it to make old images again",
+        "Radio",
+        {"choices": [AS_TRAINED, AS_STOCK]},
     ),
     Option(
         ON_FAILURE,

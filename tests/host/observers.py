@@ -99,5 +99,5 @@ def stacks(model: nn.Module) -> list[torch.Tensor]:
             for cell in hook.__closure__ or ():
                 operands = getattr(cell.cell_contents, "_operands", None)
                 if operands is not None and operands.stack is not None:
-                    found += [operands.stack.down, *(up.up for up in operands.stack.ups if up is not None)]
+                    found += [operands.stack.down, *operands.stack.ups]
     return found

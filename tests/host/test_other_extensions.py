@@ -150,10 +150,6 @@ def unknown(host: Host) -> Any:
     return "fooocus", (values(8, 8),)
 
 
-def dora(host: Host) -> Any:
-    return "lora", (values(8, 2), values(2, 8), 1.0, None, 1.0 + values(8, 1))
-
-
 def loha(host: Host) -> Any:
     return "loha", (
         values(8, 2),
@@ -171,7 +167,22 @@ def lokr(host: Host) -> Any:
     return "lokr", (values(2, 2), values(4, 4), None, None, None, None, None, None, None)
 
 
-@pytest.mark.parametrize("make", [unknown, dora, loha, lokr])
+@pytest.mark.parametrize("make", [loha, lokr])
+def test_another_kind_of_adapter_runs_beside_the_base_as_the_host_would_merge_it(
+    host: Host, checkpoint: Checkpoint, make: Callable[[Host], Any]
+) -> None:
+    before_sampling = adds({ATTN: make(host)}, 0.75)
+    plain = generate(host, "a cat")
+    image = generate(host, "a cat", before_sampling=before_sampling)
+    assert not checkpoint.model.lora_loader.backup
+    assert branches(checkpoint.model) == 1
+    host.set_option(ENABLED, False)
+    merged = generate(host, "a cat", before_sampling=before_sampling)
+    assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+    assert distance(image, merged.values) < EXACT < distance(image, plain.values)
+
+
+@pytest.mark.parametrize("make", [unknown])
 def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
     host: Host, checkpoint: Checkpoint, cats: LoraFile, make: Callable[[Host], Any]
 ) -> None:

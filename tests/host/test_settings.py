@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host.settings import Settings, read_settings
-from lib_precision_lora.ui.settings import COMPUTE, CONTINUE, ENABLED, ON_FAILURE, OPTIONS, SECTION, STOP
+from lib_precision_lora.host.settings import Arithmetic, Settings, read_settings
+from lib_precision_lora.ui.settings import (
+    AS_STOCK,
+    AS_TRAINED,
+    COMPUTE,
+    CONTINUE,
+    DORA_NORM,
+    ENABLED,
+    ON_FAILURE,
+    OPTIONS,
+    SECTION,
+    STOP,
+)
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import distance, generate, load_checkpoint
-from tests.host.loras import Active, exact_output, make_lora, prompt, with_loha
+from tests.host.loras import Active, exact_output, make_lora, prompt, values, with_loha
 from tests.host.observers import bases_of, branches, hooks_of
 from tests.host.webui import Host
 
@@ -76,9 +87,7 @@ def test_off_leaves_nothing_of_ours_on_the_model(host: Host, checkpoint: Checkpo
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_file_that_is_partly_merged_by_the_host_changes_sides_whole(
-    host: Host, checkpoint: Checkpoint, first: bool
-) -> None:
+def test_a_file_of_mixed_kinds_changes_sides_whole(host: Host, checkpoint: Checkpoint, first: bool) -> None:
     """Identifiers are the same on both sides, so the host alone would believe that nothing has changed."""
     lora = with_loha(make_lora("cats"))
     lora.write(host)
@@ -138,10 +147,11 @@ def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Check
 def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert SECTION == ("precision_lora", "Precision LoRA")
     options = {option.key: option for option in OPTIONS}
-    assert list(options)[:3] == [ENABLED, COMPUTE, ON_FAILURE]
+    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE]
     assert all(key.startswith("precision_lora_") for key in options)
     assert options[ENABLED].default is True
     assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
+    assert options[DORA_NORM].default == options[DORA_NORM].component_args["choices"][0] == AS_TRAINED
     assert options[ON_FAILURE].default == CONTINUE
     assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
     assert all(option.label and option.info for option in OPTIONS)
@@ -150,7 +160,7 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
 
 def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
     options = host.shared.opts
-    assert read_settings(options) == Settings() == Settings(True, "auto", "continue")
+    assert read_settings(options) == Settings() == Settings(True, Arithmetic("auto", False), "continue")
     for option in OPTIONS:
         assert options.data_labels[option.key].section == SECTION
         assert option.info in options.data_labels[option.key].comment_after
@@ -158,14 +168,14 @@ def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
 
 @pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, ON_FAILURE):
+    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
 
 
 def test_values_read_as_what_they_say() -> None:
-    options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", ON_FAILURE: STOP})
-    assert read_settings(options) == Settings(False, "fp32", "stop")
+    options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP})
+    assert read_settings(options) == Settings(False, Arithmetic("fp32", True), "stop")
 
 
 def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpoint) -> None:
@@ -173,3 +183,23 @@ def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpo
     assert distance(image, exact_output(checkpoint, "a cat")) < EXACT
     assert branches(checkpoint.model) == branches(checkpoint.encoder) == 0
     assert checkpoint.forge_objects.unet is checkpoint.forge_objects_original.unet
+
+
+def test_the_dora_norm_of_stock_forge_makes_old_images_again(host: Host, checkpoint: Checkpoint) -> None:
+    """A DoRA as its own extension would add it: ours as trained, ours as stock, and stock's own merge."""
+    parameter = "diffusion_model.blocks.0.attn.weight"
+    value = "lora", (values(8, 2), values(2, 8), 1.0, None, 1.0 + values(8, 1))
+
+    def before_sampling(target: Any) -> None:
+        unet = target.forge_objects.unet.clone()
+        unet.add_patches(filename="dora", patches={parameter: value}, strength_patch=0.75, strength_model=1.0)
+        target.forge_objects.unet = unet
+
+    trained = generate(host, "a cat", before_sampling=before_sampling).values
+    host.set_option(DORA_NORM, AS_STOCK)
+    as_stock = generate(host, "a cat", before_sampling=before_sampling).values
+    assert not checkpoint.model.lora_loader.backup
+    host.set_option(ENABLED, False)
+    stock = generate(host, "a cat", before_sampling=before_sampling)
+    assert set(checkpoint.model.lora_loader.backup) == {parameter}
+    assert distance(stock, as_stock) < EXACT < 1e-3 < distance(stock, trained)
