@@ -1,0 +1,212 @@
+"""A Forge server in a process of its own, with a data folder of its own, and a client for it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+import numpy as np
+from PIL import Image
+
+from lib_precision_lora.ui.settings import OPTIONS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_SECONDS = 300
+ANSWER_SECONDS = 300
+FLAGS = (
+    "--always-cpu",
+    "--skip-torch-cuda-test",
+    "--skip-prepare-environment",
+    "--skip-python-version-check",
+    "--skip-version-check",
+    "--no-download-sd-model",
+    "--do-not-download-clip",
+    "--api",
+    "--server-name=127.0.0.1",
+)
+SETTINGS = {"live_previews_enable": False, "forge_preset": "all"}
+"""No previews (their decoder would be downloaded), and all of Forge's own controls on the page."""
+
+SMALL_IMAGE = {
+    "seed": 7,
+    "steps": 2,
+    "width": 64,
+    "height": 64,
+    "cfg_scale": 1,
+    "sampler_name": "Euler",
+    "scheduler": "Automatic",
+}
+PAGE_DEFAULTS = {
+    "customscript/seed.py/txt2img/Seed/value": SMALL_IMAGE["seed"],
+    "customscript/sampler.py/txt2img/Sampling steps/value": SMALL_IMAGE["steps"],
+    "customscript/sampler.py/txt2img/Sampling method/value": SMALL_IMAGE["sampler_name"],
+    "customscript/sampler.py/txt2img/Schedule type/value": SMALL_IMAGE["scheduler"],
+    "txt2img/Width/value": SMALL_IMAGE["width"],
+    "txt2img/Height/value": SMALL_IMAGE["height"],
+    "txt2img/CFG Scale/value": SMALL_IMAGE["cfg_scale"],
+}
+"""The same image for the API and for the page."""
+
+
+class ServerError(RuntimeError):
+    """The server answered with an error: its status and message."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """One finished image. png: the file as sent; pixels: [height, width, 3], uint8."""
+
+    png: bytes
+    pixels: np.ndarray
+    infotext: str
+
+    def difference(self, other: Generation) -> int:
+        """The largest difference of two images, in grey levels (0 to 255)."""
+        return int(np.abs(self.pixels.astype(int) - other.pixels.astype(int)).max())
+
+    def same_pixels(self, other: Generation) -> bool:
+        return np.array_equal(self.pixels, other.pixels)
+
+
+class WebUI:
+    """A server that starts when it is made, and ends with its `with` block.
+
+    root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
+    models folder; extension: whether Precision LoRA is there, as a link to this repository.
+    """
+
+    def __init__(self, root: Path, data: Path, models: Path, extension: bool) -> None:
+        (data / "extensions").mkdir(parents=True)
+        if extension:
+            (data / "extensions/precision-lora").symlink_to(REPOSITORY, target_is_directory=True)
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        self._log = data / "server.log"
+        self._config = data / "config.json"
+        self._config.write_text(json.dumps(SETTINGS))
+        (data / "ui-config.json").write_text(json.dumps(PAGE_DEFAULTS))
+        self._opener = build_opener(ProxyHandler({}))
+        arguments = [*FLAGS, "--port", self.url.rpartition(":")[2], "--data-dir", str(data)]
+        arguments += ["--models-dir", str(models), "--gradio-allowed-path", str(root)]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+        places = {"HF_HOME": str(data / "huggingface"), "GRADIO_TEMP_DIR": str(data / "gradio")}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "launch.py", *arguments],
+                cwd=root,
+                env={**os.environ, "COMMANDLINE_ARGS": "", "NO_PROXY": "127.0.0.1", **offline, **places},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> WebUI:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def wait_until_ready(self) -> None:
+        """Until the log says that everything is there, and the API answers.
+
+        Its routes answer before the scripts' arguments are known, so an answer alone is not enough.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if "Startup time:" in self.log():
+                try:
+                    self.get("sd-models")
+                except (URLError, ServerError):
+                    pass
+                else:
+                    return
+            try:
+                status = self._process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                continue
+            raise AssertionError(f"the server ended with status {status}:\n{self.log()[-4000:]}")
+        raise AssertionError(f"no answer within {START_SECONDS} s:\n{self.log()[-4000:]}")
+
+    def log(self, position: int = 0) -> str:
+        """What the server has written since a `position` taken before, in characters."""
+        return self._log.read_text(errors="replace")[position:]
+
+    def log_position(self) -> int:
+        return len(self.log())
+
+    def get(self, path: str) -> Any:
+        return self._request(Request(f"{self.url}/sdapi/v1/{path}"))
+
+    def post(self, path: str, values: Mapping[str, Any]) -> Any:
+        body = json.dumps(values).encode()
+        return self._request(
+            Request(f"{self.url}/sdapi/v1/{path}", body, {"Content-Type": "application/json"})
+        )
+
+    def generate(self, prompt: str, **parameters: Any) -> Generation:
+        """txt2img, by default of a small image that is always made from the same noise."""
+        answer = self.post("txt2img", {**SMALL_IMAGE, "prompt": prompt, **parameters})
+        png = base64.b64decode(answer["images"][0])
+        with Image.open(io.BytesIO(png)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        return Generation(png, pixels, json.loads(answer["info"])["infotexts"][0])
+
+    def settings(self) -> dict[str, Any]:
+        """All settings; the API tells those of Forge only, its file those of extensions as well."""
+        defaults = {option.key: option.default for option in OPTIONS}
+        return {**defaults, **self.get("options"), **json.loads(self._config.read_text())}
+
+    @contextmanager
+    def options(self, **values: Any) -> Iterator[None]:
+        """These settings, then the present ones again."""
+        before = self.settings()
+        try:
+            self.post("options", values)
+            yield
+        finally:
+            self.post("options", {name: before[name] for name in values})
+
+    @contextmanager
+    def stored_as(self, storage: str) -> Iterator[None]:
+        """The checkpoint with another "Diffusion in Low Bits", then as it is now.
+
+        Forge loads the checkpoint anew only if the same request changes something about memory, too.
+        """
+        before = self.settings()
+        memory = before["forge_inference_memory"]
+        self.post("options", {"forge_unet_storage_dtype": storage, "forge_inference_memory": memory + 1})
+        try:
+            yield
+        finally:
+            back = {"forge_unet_storage_dtype": before["forge_unet_storage_dtype"]}
+            self.post("options", {**back, "forge_inference_memory": memory})
+
+    def _request(self, request: Request) -> Any:
+        try:
+            with self._opener.open(request, timeout=ANSWER_SECONDS) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            raise ServerError(f"{error.code}: {error.read().decode(errors='replace')}") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
