@@ -82,7 +82,7 @@ def match_file(
                     else:
                         absent.append(target.parameter)
             except AdapterError as error:
-                raise FileProblem(f"{name} cannot be applied: {error}") from error
+                raise FileProblem(f"it cannot be applied: {error}") from error
             layout = file.layout if file.layout != "unknown" else layout
             rest = {key: rest[key] for key in file.unmatched}
         patches.append(found)
@@ -98,7 +98,7 @@ def match_file(
                     kinds[str(value[0])] += 1
     if not any(patches):
         raise FileProblem(
-            f"{name} was made for another model: none of its {len(state_dict)} tensors ({layout} layout) "
+            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) "
             f"belongs to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}"
         )
     unmatched = tuple(
@@ -162,8 +162,8 @@ def _host_patches(
             require_finite(name, **{key: rest[key].float()})
         return patches, unmatched
     except AdapterError as error:
-        raise FileProblem(f"{name} cannot be applied: {error}") from error
+        raise FileProblem(f"it cannot be applied: {error}") from error
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise FileProblem(
-            f"{name} cannot be applied: the WebUI's own reader fails on it ({error!r})"
+            f"it cannot be applied: the WebUI's own reader fails on it ({error!r})"
         ) from error
