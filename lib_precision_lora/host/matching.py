@@ -164,6 +164,4 @@ def _host_patches(
     except AdapterError as error:
         raise FileProblem(f"it cannot be applied: {error}") from error
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise FileProblem(
-            f"it cannot be applied: the WebUI's own reader fails on it ({error!r})"
-        ) from error
+        raise FileProblem(f"it cannot be applied: the WebUI's own reader fails on it ({error!r})") from error
