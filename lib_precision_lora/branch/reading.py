@@ -80,13 +80,12 @@ class Reader:
     def times(self, start: int, stop: int, matrix: Tensor) -> Tensor:
         """`W_eff[start:stop] · matrix`; matrix: [columns, n]."""
         if not self._mixing:
-            return torch.cat(
-                [self._rows(*block) @ matrix.to(self.dtype) for block in self._row_blocks(start, stop)]
-            )
-        products = [
-            self._some_columns(columns)[start:stop] @ matrix[columns].to(self.dtype)
-            for columns in self._column_blocks()
-        ]
+            blocks = (self._rows(*block) for block in self._row_blocks(start, stop))
+            return torch.cat([block @ matrix.to(block) for block in blocks])
+        products = []
+        for columns in self._column_blocks():
+            block = self._some_columns(columns)[start:stop]
+            products.append(block @ matrix[columns].to(block))
         return torch.stack(products).sum(0)
 
     def _row_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
