@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters.steps import Add, Left, Turn
+from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.factors import half_factors
+from lib_precision_lora.branch.identity import TurnedRows
 from lib_precision_lora.storage import StoredWeight
 
 BLOCK_BYTES = 10 * 2**20
 """One block in the arithmetic's type; about five live at once, which keeps reading below 64 MiB."""
-
-
-class BasePiece(Protocol):
-    """Rows of the base with the turns of their input."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def turns(self) -> tuple[Turn, ...]: ...
 
 
 class Reader:
@@ -39,7 +28,7 @@ class Reader:
     def __init__(
         self,
         stored: StoredWeight,
-        pieces: Sequence[BasePiece],
+        pieces: Sequence[TurnedRows],
         steps: Sequence[Add | Left],
         dtype: torch.dtype,
     ) -> None:
