@@ -1,7 +1,11 @@
 // Settings: while Precision LoRA is switched off, the options that depend on it are shown as idle.
 (function () {
     const TOGGLE = "#setting_precision_lora_enabled input[type=checkbox]";
-    const DEPENDENT = ["#setting_precision_lora_compute", "#setting_precision_lora_on_failure"];
+    const DEPENDENT = [
+        "#setting_precision_lora_compute",
+        "#setting_precision_lora_dora_norm",
+        "#setting_precision_lora_on_failure",
+    ];
 
     function showState(toggle) {
         for (const selector of DEPENDENT) {
