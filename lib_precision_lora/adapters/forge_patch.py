@@ -38,9 +38,13 @@ kinds of other extensions, are not among them."""
 
 
 class ForgePatch(tuple[Any, ...]):
-    """A patch value of the host that carries the adapter it was made from."""
+    """A patch value of the host that carries the adapter it was made from.
+
+    host_readable: whether the host's own merge understands it.
+    """
 
     adapter: Adapter
+    host_readable: bool
 
 
 def to_forge_patch(adapter: Adapter) -> ForgePatch:
@@ -58,6 +62,7 @@ def to_forge_patch(adapter: Adapter) -> ForgePatch:
         kind = adapter.inner.kind if isinstance(adapter, DoRA) else adapter.kind
         patch = ForgePatch((kind, (adapter,)))
     patch.adapter = adapter
+    patch.host_readable = isinstance(adapter, (LoRA, Diff, Assign))
     return patch
 
 

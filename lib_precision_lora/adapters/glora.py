@@ -56,9 +56,9 @@ class GLoRA:
 
     def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
         rows, kernel = running.shape[0], math.prod(running.shape[2:])
-        inner, outer = self.inner.float(), self.outer.float()
+        inner, outer = self.inner, self.outer
         if kernel > 1:
-            each_position = torch.eye(kernel)
+            each_position = torch.eye(kernel, device=inner.device)
             inner, outer = torch.kron(inner, each_position), torch.kron(outer, each_position)
         scale = strength * self.scale
         seen = running.remember(self, lambda: running.times(inner).to(outer.device))
@@ -89,4 +89,4 @@ def read_glora(name: str, tensors: Mapping[str, Tensor]) -> GLoRA | None:
         shapes = ", ".join(f"{role} {list(tensors[role].shape)}" for role in ROLES)
         raise AdapterError(f"{name}: the factors do not meet ({shapes})")
     alpha = read_alpha(name, tensors)
-    return GLoRA(inner, outer, up, down, 1.0 if alpha is None else alpha / rank)
+    return GLoRA(inner.float(), outer.float(), up, down, 1.0 if alpha is None else alpha / rank)

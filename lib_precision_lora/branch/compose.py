@@ -123,7 +123,7 @@ def make_attachments(
             try:
                 attachments[name] = site, make_shadow(site.module, site.attribute, site.parameter, effective)
             except AdapterError as error:
-                raise PatchError(f"layer {name}: {error}") from error
+                raise PatchError(f"layer {name}: {error}", None, name) from error
         elif path not in attachments:
             attachments[path] = site, _make_branch(site, path, weights, compute)
     return attachments
@@ -141,10 +141,10 @@ def _make_branch(
         try:
             weight = EffectiveWeight.identity(stored_weight(site.module.weight, site.module))  # type: ignore[arg-type]
         except StorageError as error:
-            raise PatchError(f"layer {path}.weight: {error}") from error
+            raise PatchError(f"layer {path}.weight: {error}", None, path) from error
     try:
         if site.kind == "conv":
             require_conv_form(site.module, weight)
         return WEIGHT_BRANCHES[site.kind](weight, bias, compute)
     except AdapterError as error:
-        raise PatchError(f"layer {path}.weight: {error}") from error
+        raise PatchError(f"layer {path}.weight: {error}", None, path) from error

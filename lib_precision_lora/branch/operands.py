@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
-from lib_precision_lora.adapters.terms import Kronecker, LowRank
+from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
@@ -40,7 +40,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
-    """The phases of one module on one device, for one activation type.
+    """The phases of one module on one device, for one arithmetic.
 
     plain: nothing but additions, so that the base output stays where it is and is added to.
     """
@@ -67,7 +67,7 @@ class WeightBranch:
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
         self._operands: Operands | None = None
-        self._made_for: tuple[torch.device, torch.dtype] | None = None
+        self._made_for: tuple[torch.device, bool] | None = None
 
     def structure(self) -> tuple[object, ...]:
         """Equal for two branches that differ in strengths only."""
@@ -86,9 +86,9 @@ class WeightBranch:
 
     def operands(self, x: Tensor) -> Operands:
         """The operands for this input: made at the first forward, then found."""
-        made_for = (x.device, x.dtype)
+        product = choose_product(self.compute, x.device, x.dtype)
+        made_for = (x.device, product.half)
         if self._operands is None or self._made_for != made_for:
-            product = choose_product(self.compute, x.device, x.dtype)
             self._operands = None
             stack = build_stack(low_rank(self.steps), product.half, x.device)
             self._operands = self._assemble(product, stack, x.device)
@@ -162,6 +162,8 @@ def _placed(step: Add, device: torch.device) -> Add:
     term = step.term
     if isinstance(term, Kronecker):
         term = Kronecker(term.left.to(device), tuple(factor.to(device) for factor in term.right))
+    elif isinstance(term, Hadamard):
+        term = Hadamard(*(factor.to(device) for factor in term.tensors()))
     return dataclasses.replace(
         step,
         term=term,

@@ -17,12 +17,13 @@ PatchItem = tuple[str, Mapping[str | Target, Adapter], float]
 class PatchError(AdapterError):
     """A patch set that was not applied; the model is as it was before the call.
 
-    source: the file to blame, where it is one file.
+    source: the file to blame, where it is one file; parameter: where it came up, otherwise.
     """
 
-    def __init__(self, message: str, source: str | None = None) -> None:
+    def __init__(self, message: str, source: str | None = None, parameter: str | None = None) -> None:
         super().__init__(message)
         self.source = source
+        self.parameter = parameter
 
 
 @dataclass(frozen=True, slots=True, eq=False)

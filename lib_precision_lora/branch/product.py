@@ -30,10 +30,9 @@ class SingleProduct:
     half = False
 
     def __call__(self, op: Bilinear, x: Tensor, w: Tensor, axes: tuple[int, ...]) -> Tensor:
-        x, w = x.float(), w.float()
         if x.is_cuda and tensor_float_allowed(convolution=axes != (-1,)):
             return split_product(op, x, w)
-        return op(x, w)
+        return op(x.float(), w.float())
 
 
 class HalfProduct:
@@ -61,7 +60,8 @@ def choose_product(compute: Compute, device: torch.device, dtype: torch.dtype) -
     figure, and fp32 elsewhere: bf16 activations would lose range in fp16, fp32 ones mantissa, and CPUs
     are no faster in fp16.
     """
-    if compute == "fp16" or (compute == "auto" and dtype == torch.float16 and device.type != "cpu"):
+    fast = dtype == torch.float16 and device.type != "cpu" and not half_sums_allowed()
+    if compute == "fp16" or (compute == "auto" and fast):
         return HalfProduct()
     return SingleProduct()
 
@@ -85,15 +85,34 @@ def tensor_float_allowed(convolution: bool) -> bool:
         return True
 
 
+def half_sums_allowed() -> bool:
+    """Whether this process lets CUDA sum fp16 products in fp16 (torch 2.7 and later; off by default)."""
+    return bool(getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False))
+
+
 def split_product(op: Bilinear, x: Tensor, w: Tensor) -> Tensor:
     """`op(x, w)` to about 2^-21 from three products whose operands TF32 does not round, or hardly.
 
     x = x₁ + x₂, w = w₁ + w₂ with x₁, w₁ of 10 mantissa bits: op(x₁, w₁) + op(x₁, w₂) + op(x₂, w₁).
-    The process's own flags are left alone. Source: Ootomo and Yokota, arXiv 2203.03341.
+    Half-precision operands fit into TF32 as they are and have no second part. The process's own flags are
+    left alone. Source: Ootomo and Yokota, arXiv 2203.03341.
     """
-    x_high, w_high = truncate_mantissa(x), truncate_mantissa(w)
-    x_low, w_low = x - x_high, w - w_high
-    return op(x_high, w_low) + op(x_low, w_high) + op(x_high, w_high)
+    x_parts, w_parts = mantissa_parts(x), mantissa_parts(w)
+    result = op(x_parts[0], w_parts[0])
+    for w_low in w_parts[1:]:
+        result = op(x_parts[0], w_low) + result
+    for x_low in x_parts[1:]:
+        result = op(x_low, w_parts[0]) + result
+    return result
+
+
+def mantissa_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """x as one or two fp32 numbers: as it is from fp16 or bf16, else its leading 10 mantissa bits and the
+    rest."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return (x.float(),)
+    high = truncate_mantissa(x.float())
+    return high, x.float() - high
 
 
 def truncate_mantissa(x: Tensor) -> Tensor:

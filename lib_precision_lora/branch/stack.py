@@ -71,10 +71,10 @@ def build_stack(additions: Sequence[Add], half: bool, device: torch.device) -> S
     offsets = [0]
     for step in additions[:-1]:
         offsets.append(offsets[-1] + _rank(step))
-    down = torch.cat([part.down for part in factors]) if len(factors) > 1 else factors[0].down
+    downs = [part.down.to(device) for part in factors]
     return Stack(
-        down.to(device),
-        torch.cat([part.scale for part in factors]).to(device),
+        torch.cat(downs) if len(downs) > 1 else downs[0],
+        torch.cat([part.scale.to(device) for part in factors]),
         tuple(part.up.contiguous().to(device) for part in factors),
         tuple(offsets),
     )

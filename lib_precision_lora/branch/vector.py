@@ -12,7 +12,7 @@ class DeltaVector:
     """`W_eff − W0` of one vector in fp32, with a copy on the device that last asked for it."""
 
     def __init__(self, effective: EffectiveWeight) -> None:
-        self._delta = effective.delta(torch.float32)
+        self._delta = effective.delta(torch.float32).cpu()
         self._placed = self._delta
 
     def on(self, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.contract import Requirement
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.hosted import HostedSession
@@ -150,7 +151,14 @@ class ForgeBinding:
             def merge(host_patches: Any) -> None:
                 host_refresh(lora_loader, host_patches, offload_device, True)
 
-            for problem in session.follow(model, lora_patches, settings.arithmetic, merge):
+            try:
+                problems = session.follow(model, lora_patches, settings.arithmetic, merge)
+            except Exception as error:  # out of here, it would leave the host's list of loaded models wrong
+                logger.exception("following the WebUI's LoRAs failed")
+                session.clear()
+                reason = f"attaching failed ({type(error).__name__}: {error})"
+                problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
+            for problem in problems:
                 self._failures += 1
                 self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
 

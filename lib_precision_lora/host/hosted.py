@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.adapters import Adapter, AdapterError, DoRA, Target, from_forge_patch, row_order
+from lib_precision_lora.adapters import (
+    Adapter,
+    AdapterError,
+    DoRA,
+    ForgePatch,
+    Target,
+    from_forge_patch,
+    row_order,
+)
 from lib_precision_lora.branch import Compute, Patch, PatchError, PatchSession
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
@@ -57,10 +65,10 @@ class HostedSession:
             self._stock_dora_norm = arithmetic.stock_dora_norm
             self._adapters.clear()
         ours, theirs = self._divide(model, host_patches)
-        problems: list[PatchError] = []
+        problems = _take_out_unreadable(theirs)
         if _flat(theirs) != self._theirs:
             self._session.clear()
-            problems = self._merge(theirs, merge)
+            problems += self._merge(theirs, merge)
         left_out = {problem.source for problem in problems}
         ours = [patch for patch in ours if patch.source not in left_out]
         self._problems = [*problems, *self._apply(model, ours, arithmetic.compute)]
@@ -95,7 +103,10 @@ class HostedSession:
             merge(theirs)
         except Exception as error:
             logger.exception("the WebUI's own merge failed")
-            merge({})
+            try:
+                merge({})
+            except Exception:
+                logger.exception("taking the failed merge out failed as well; reload the checkpoint")
             reason = f"the WebUI's own merge failed ({type(error).__name__}: {error})"
             sources = dict.fromkeys(_source(identifier) for identifier in theirs)
             return [PatchError(f"{source}: {reason}", source) for source in sources]
@@ -103,19 +114,19 @@ class HostedSession:
         return []
 
     def _apply(self, model: nn.Module, patches: list[Patch], compute: Compute) -> list[PatchError]:
-        """Attach as many sources as can be; each that fails is left out whole, and all of them where it
-        cannot be told which one does."""
+        """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
+        one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
         while True:
             try:
                 self._session.apply_patches(patches, compute)
                 return problems
             except PatchError as error:
-                problems.append(error)
-                remaining = [patch for patch in patches if patch.source != error.source]
-                if error.source is None or len(remaining) == len(patches):
-                    remaining = []
-                patches = remaining
+                source = error.source or _last_source(patches, error.parameter)
+                message = str(error) if error.source is not None else f"{source or 'all of them'}: {error}"
+                # a new error: the raised one's traceback would keep the model alive
+                problems.append(PatchError(message, source))
+                patches = [patch for patch in patches if source is not None and patch.source != source]
             except Exception as error:
                 logger.exception("attaching LoRAs failed")
                 self._session.clear()
@@ -127,7 +138,9 @@ class HostedSession:
                 )
                 return problems
 
-    def _divide(self, model: nn.Module, host_patches: HostPatches) -> tuple[list[Patch], HostPatches]:
+    def _divide(
+        self, model: nn.Module, host_patches: HostPatches
+    ) -> tuple[list[Patch], dict[Any, Mapping[str, Sequence[Sequence[Any]]]]]:
         """Our patches in the host's order, and the host's part in its own format."""
         adapters = {}
         for patches in host_patches.values():
@@ -168,8 +181,8 @@ class HostedSession:
             if self._stock_dora_norm and isinstance(adapter, DoRA):
                 return dataclasses.replace(adapter, base_norm=True)
             return adapter
-        except AdapterError as error:
-            logger.warning("a patch of another extension is left to the WebUI: %s", error)
+        except Exception as error:
+            logger.exception("a patch of another extension is left to the WebUI: %s", error)
             return None
 
     def _understood(self, model: nn.Module, name: str, entry: Sequence[Any]) -> bool:
@@ -193,6 +206,30 @@ class HostedSession:
 
 def _target(name: str, offset: Any, function: Any) -> Target:
     return Target.parse(name if offset is None and function is None else (name, offset, function))
+
+
+def _take_out_unreadable(theirs: dict[Any, Mapping[str, Sequence[Sequence[Any]]]]) -> list[PatchError]:
+    """Leave out, whole, what the host could not merge beside a patch of its own kind on the same layer."""
+    problems = []
+    for identifier, patches in list(theirs.items()):
+        for name, stack in patches.items():
+            if any(isinstance(entry[1], ForgePatch) and not entry[1].host_readable for entry in stack):
+                source = _source(identifier)
+                reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
+                problems.append(PatchError(f"{source}: {reason}", source))
+                del theirs[identifier]
+                break
+    return problems
+
+
+def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
+    """The last source that patches this parameter, or one of this module; None where there is none."""
+    here = [
+        patch.source
+        for patch in patches
+        if place is not None and place in (patch.target.parameter, patch.target.parameter.rpartition(".")[0])
+    ]
+    return here[-1] if here else None
 
 
 def _source(identifier: Any) -> str:
