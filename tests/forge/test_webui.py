@@ -260,10 +260,14 @@ def test_the_settings_have_a_section_that_applies(page: Page, webui: WebUI) -> N
     page.screenshot("settings", section)
     assert section.evaluate("part => part.scrollWidth <= part.clientWidth")
     enabled = section.get_by_label("Enable Precision LoRA")
-    dependent = [section.locator(f"#setting_precision_lora_{name}") for name in ("compute", "dora_norm", "on_failure")]
+    dependent = [
+        section.locator(f"#setting_precision_lora_{name}") for name in ("compute", "dora_norm", "on_failure")
+    ]
     for value, opacity in ((False, "0.5"), (True, "1")):
         enabled.set_checked(value)
-        assert [row.evaluate("row => getComputedStyle(row).opacity") for row in dependent] == [opacity] * 2
+        assert [row.evaluate("row => getComputedStyle(row).opacity") for row in dependent] == [opacity] * len(
+            dependent
+        )
         page.apply_settings()
         assert webui.settings()["precision_lora_enabled"] is value
 
