@@ -53,11 +53,6 @@ class EffectiveWeight:
     def is_identity(self) -> bool:
         return not self.steps and not any(piece.turns for piece in self.pieces)
 
-    @property
-    def columns(self) -> int:
-        """The product of the weight's trailing dimensions, kernel included."""
-        return math.prod(self.stored.shape[1:])
-
     def apply(
         self, adapter: Adapter, strength: float = 1.0, rows: tuple[int, int] | None = None
     ) -> EffectiveWeight:

@@ -6,7 +6,7 @@ hidden = x · downᵀ · diag(scale)            y[:, rows] += hidden[:, columns]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Stack:
     exponents: Tensor
     ups: tuple[Tensor, ...]
     offsets: tuple[int, ...]
+    _joined: dict[tuple[object, ...], tuple[slice | Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +37,16 @@ class Stack:
         )
 
     def up(self, indices: Sequence[int], rows: Sequence[tuple[int, int]]) -> tuple[slice | Tensor, Tensor]:
-        """The columns and the joined up factor of some additions: rows [start, stop) of each of them."""
+        """The columns and the joined up factor of some additions: rows [start, stop) of each of them.
+
+        Joined once: a change of strength asks for the same again.
+        """
+        key = tuple(indices), tuple(rows)
+        if key not in self._joined:
+            self._joined[key] = self._join(indices, rows)
+        return self._joined[key]
+
+    def _join(self, indices: Sequence[int], rows: Sequence[tuple[int, int]]) -> tuple[slice | Tensor, Tensor]:
         parts = [self.ups[index][start:stop] for index, (start, stop) in zip(indices, rows, strict=True)]
         up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         ranks = [self.ups[index].shape[1] for index in indices]

@@ -196,10 +196,8 @@ class HostedSession:
             adapter.check(shape)
         except (AdapterError, StorageError, AttributeError, AssertionError):
             return False
-        if (
-            find_site(model, name).kind == "shadow"
-            and not find_site(model, name).parameter.is_floating_point()
-        ):
+        site = find_site(model, name)
+        if site.kind == "shadow" and not site.parameter.is_floating_point():
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
 

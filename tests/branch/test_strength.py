@@ -20,9 +20,14 @@ def pieces(session: PatchSession) -> dict[str, object]:
 def factors(session: PatchSession) -> dict[str, list[torch.Tensor]]:
     """The stacked factor tensors of every branch that has some."""
     made = {name: getattr(piece, "_operands", None) for name, piece in pieces(session).items()}
-    stacks = {name: operands.stack for name, operands in made.items() if operands is not None}
+    stacked = {name: operands for name, operands in made.items() if operands and operands.stack}
     return {
-        name: [stack.down, stack.exponents, *stack.ups] for name, stack in stacks.items() if stack is not None
+        name: [
+            operands.stack.down,
+            operands.stack.exponents,
+            *(part.up for phase in operands.phases for part in phase.ranges if part.up is not None),
+        ]
+        for name, operands in stacked.items()
     }
 
 
