@@ -56,11 +56,11 @@ class ConvInput:
         self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
 
     def hidden(self) -> Tensor | None:
-        stack, scale = self.operands.stack, self.operands.scale
-        if stack is None or scale is None:
+        down, scale = self.operands.down, self.operands.scale
+        if down is None or scale is None:
             return None
-        down = stack.down.view(-1, self.x.shape[0], *self.module.kernel_size)
-        return positions(convolve(self.module, self.operands.product, self.x[None], down)) * scale
+        kernels = down.view(-1, self.x.shape[0], *self.module.kernel_size)
+        return positions(convolve(self.module, self.operands.product, self.x[None], kernels)) * scale
 
     def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
         weight = rows.to(self.x.device).view(-1, self.x.shape[0], *self.module.kernel_size)

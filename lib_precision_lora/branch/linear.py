@@ -24,7 +24,7 @@ class LinearBranch(WeightBranch):
         operands = self.operands(x)
         bias: Tensor | None = getattr(module, "bias", None)
         y = y.contiguous()
-        rank = 0 if operands.stack is None else operands.stack.down.shape[0]
+        rank = 0 if operands.down is None else operands.down.shape[0]
         tokens = max(1, WORKSPACE_BYTES // (4 * (2 * x.shape[-1] + 2 * y.shape[-1] + 3 * rank)))
         for x_chunk, y_chunk in token_chunks(x, y, tokens):
             given = LinearInput(module, operands, x_chunk)
@@ -39,10 +39,10 @@ class LinearInput:
         self.module, self.operands, self.x = module, operands, x
 
     def hidden(self) -> Tensor | None:
-        stack, scale = self.operands.stack, self.operands.scale
-        if stack is None or scale is None:
+        down, scale = self.operands.down, self.operands.scale
+        if down is None or scale is None:
             return None
-        return self.operands.product(linear, self.x, stack.down, (-1,)) * scale
+        return self.operands.product(linear, self.x, down, (-1,)) * scale
 
     def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
         return SingleProduct()(linear, turned(self.x.float(), turns), rows.to(self.x.device), (-1,))
