@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
+from lib_precision_lora.adapters.terms import Dense, Hadamard, LowRank
+from lib_precision_lora.branch.chunks import FP32, WORKSPACE_BYTES, token_bytes
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.rows import DENSE_BLOCK_BYTES, WORKSPACE_BYTES
-from lib_precision_lora.branch.sites import Kind
+from lib_precision_lora.branch.rows import DENSE_BLOCK_BYTES
+from lib_precision_lora.branch.sites import Kind, Site
 from lib_precision_lora.branch.stack import low_rank
 
-FP32 = 4
 FP16 = 2
 
 
@@ -43,11 +42,43 @@ class Footprint:
 
     def workspace_bytes(self, tokens: int) -> int:
         """tokens: rows of the input, or positions of the largest sample."""
-        return min(WORKSPACE_BYTES, tokens * self.token_bytes) + tokens * self.position_bytes + self.fixed_bytes
+        return (
+            min(WORKSPACE_BYTES, tokens * self.token_bytes) + tokens * self.position_bytes + self.fixed_bytes
+        )
 
     def with_bias(self, rows: int) -> Footprint:
         """Beside the change of a bias, fp32."""
         return replace(self, factors=(*self.factors, rows * FP32), shared=self.shared + rows * FP32)
+
+
+def footprints(
+    weights: Mapping[str, tuple[Site, EffectiveWeight]], half: bool, copies: float
+) -> dict[str, Footprint]:
+    """The footprint of each module's branch, or of a shadowed parameter, by name.
+
+    weights: by parameter, as `compose.effective_weights` gives them.
+    """
+    made: dict[str, Footprint] = {}
+    for name, (site, weight) in weights.items():
+        path, _, attribute = name.rpartition(".")
+        rows = weight.stored.shape[0]
+        if site.kind == "shadow":
+            made[name] = shadow_footprint(weight)
+        elif site.kind == "norm":
+            vectors = sum(f"{path}.{part}" in weights for part in ("weight", "scale", "bias"))
+            made[path] = norm_footprint(rows, vectors)
+        elif attribute != "bias":
+            bias = f"{path}.bias" in weights
+            footprint = weight_footprint(weight, site.kind, half, copies)
+            made[path] = footprint.with_bias(rows) if bias else footprint
+        elif f"{path}.weight" not in weights:
+            made[path] = Footprint(token_bytes=2 * FP32 * rows).with_bias(rows)
+    return made
+
+
+def shadow_footprint(weight: EffectiveWeight) -> Footprint:
+    """A second parameter of the same size."""
+    return Footprint((weight.stored.nbytes,))
 
 
 def norm_footprint(width: int, vectors: int) -> Footprint:
@@ -55,29 +86,39 @@ def norm_footprint(width: int, vectors: int) -> Footprint:
     return Footprint((width * FP32,) * vectors, vectors * width * FP32, token_bytes=16 * width)
 
 
-def weight_footprint(weight: EffectiveWeight, kind: Kind, half: bool) -> Footprint:
+def weight_footprint(weight: EffectiveWeight, kind: Kind, half: bool, copies: float) -> Footprint:
     """The branch of a linear, conv or embedding weight.
 
-    weight: may be a sketch; half: whether factors are multiplied in fp16.
+    weight: may be a sketch; half: whether factors are multiplied in fp16; copies: of an operand, as
+    `chunks.operand_copies` says.
     """
-    if kind in ("embedding", "shadow"):
-        return Footprint(token_bytes=6 * FP32 * weight.stored.shape[-1])
-    rows, columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    if kind == "embedding":
+        return Footprint(token_bytes=6 * FP32 * inputs)
     stack = _Stack(low_rank(weight.steps), half)
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
-    turned = any(piece.turns for piece in weight.pieces) or any(isinstance(s, Left) for s in weight.steps)
-    fixed = stack.recast() + _dense_blocks(weight.steps)
-    conv = kind == "conv"
-    per_token = FP32 * ((3 if turned else 2) * (rows + columns) + 3 * stack.rank)
-    per_position = FP32 * (2 * stack.rank + (3 * rows if turned else 0) + _kronecker_width(weight.steps))
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
-        token_bytes=FP32 * 2 * weight.stored.shape[0] if conv else per_token,
-        fixed_bytes=fixed,
-        position_bytes=per_position if conv else 0,
+        token_bytes=token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies),
+        fixed_bytes=int(stack.recast() * copies) + _dense_blocks(weight.steps),
+        position_bytes=_position_bytes(weight, stack.rank, turns, copies) if kind == "conv" else 0,
     )
+
+
+def _position_bytes(weight: EffectiveWeight, rank: int, turns: Sequence[Turn], copies: float) -> int:
+    """What the forward of a convolution makes for all positions of a sample at once, for each of them."""
+    outputs, channels = weight.stored.shape[:2]
+    numbers = rank * copies
+    if turns:
+        numbers += 4.0 * channels + outputs
+    whole = [s for s in weight.steps if isinstance(s, Add) and not isinstance(s.term, LowRank)]
+    if whole:
+        numbers += 2 * outputs + channels
+        numbers += outputs if any(isinstance(step, Left) for step in weight.steps) or turns else 0
+    return int(FP32 * numbers)
 
 
 class _Stack:
@@ -115,12 +156,11 @@ class _Stack:
             yield from (count * size for count, size, new in (*self.ups, *self.downs) if not new)
 
     def recast(self) -> int:
-        """fp32 copies of the factors while they are multiplied."""
+        """fp32 copies of the factors while they are multiplied: of one side at a time."""
         if self.half:
             return 0
-        widths = [max((size for _, size, _ in side), default=FP32) for side in (self.ups, self.downs)]
-        counts = [sum(count for count, _, _ in side) for side in (self.ups, self.downs)]
-        return max((FP32 * count for count, size in zip(counts, widths, strict=True) if size < FP32), default=0)
+        sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
+        return max((FP32 * sum(count for count, _, _ in side) for side in sides), default=0)
 
 
 def _others(weight: EffectiveWeight) -> Iterator[Tensor]:
@@ -165,16 +205,5 @@ def _dense_blocks(steps: Sequence[Add | Left]) -> int:
     return 3 * max(streamed, default=0)
 
 
-def _kronecker_width(steps: Sequence[Add | Left]) -> int:
-    return max(
-        (2 * step.term.size[0] for step in steps if isinstance(step, Add) and isinstance(step.term, Kronecker)),
-        default=0,
-    )
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def half_precision(dtype: torch.dtype) -> bool:
-    return dtype == torch.float16

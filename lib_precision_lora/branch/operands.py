@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank
+from lib_precision_lora.branch.chunks import operand_copies, token_bytes
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.stack import Stack, build_stack, column_scales, low_rank
-from lib_precision_lora.branch.streaming import FactorStream, pinned
+from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
 
 
@@ -44,7 +46,8 @@ class Operands:
     """The phases of one module on one device, for one arithmetic.
 
     down: [total rank, columns] and scale: [total rank] fp32, of all low-rank additions; None without any.
-    plain: nothing but additions, so that the base output stays where it is and is added to.
+    plain: nothing but additions, so that the base output stays where it is and is added to; token_bytes:
+    what one token takes in the forward of a linear module.
     """
 
     product: Product
@@ -54,6 +57,12 @@ class Operands:
     pieces: tuple[Piece, ...]
     bias: Tensor | None
     plain: bool
+    token_bytes: int
+
+    @property
+    def has_whole_terms(self) -> bool:
+        """Whether something is added that is not of low rank."""
+        return any(row_range.others for phase in self.phases for row_range in phase.ranges)
 
 
 class WeightBranch:
@@ -68,7 +77,7 @@ class WeightBranch:
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
-        self.rows = weight.stored.shape[0]
+        self.rows, self.columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
         self.stream: FactorStream | None = None
@@ -127,6 +136,20 @@ class WeightBranch:
             self.release()
             self.stream = stream
 
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors as the files have them."""
+        tensors = {id(t): t for step in self.steps if isinstance(step, Add) for t in step.term.tensors()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def placed(self) -> Iterator[Tensor]:
+        """Every tensor that was made for a device, or for the way there."""
+        if self._stack is not None:
+            yield from self._stack.tensors()
+        found: list[Tensor] = []
+        map_tensors(self._operands, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        yield from found
+
     def release(self) -> None:
         """Let go of everything that was made for a device."""
         self._stack = self._operands = self._made_for = None
@@ -153,7 +176,15 @@ class WeightBranch:
         phases = tuple(_phases(self.steps, self._stack, self.rows, home))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
-        operands = Operands(product, down, scale, phases, pieces, bias, plain)
+        size = token_bytes(
+            self.columns,
+            self.rows,
+            0 if down is None else down.shape[0],
+            self.steps,
+            [turn for piece in self.pieces for turn in piece.turns],
+            operand_copies(product, device),
+        )
+        operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
 
 

@@ -7,6 +7,7 @@ and put back.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,9 @@ class Shadow:
         module = self.module()
         if module is not None:
             module._parameters[self.attribute] = self.shadow
+
+    def placed(self) -> Iterator[Tensor]:
+        yield self.shadow
 
     def detach(self) -> None:
         """Put the original back, on the device to which the host has moved its stand-in since.

@@ -30,11 +30,9 @@ class Stack:
     offsets: tuple[int, ...]
     _joined: dict[tuple[object, ...], tuple[slice | Tensor, Tensor]] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in (self.down, self.exponents, *self.ups)
-        )
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the stack."""
+        return self.down, self.exponents, *self.ups, *(up for _, up in self._joined.values())
 
     def up(self, indices: Sequence[int], rows: Sequence[tuple[int, int]]) -> tuple[slice | Tensor, Tensor]:
         """The columns and the joined up factor of some additions: rows [start, stop) of each of them.

@@ -99,9 +99,7 @@ def _to_do_better(streamed: int, offloaded: int, base: int) -> tuple[str, ...]:
             "or lower the resolution or the batch size",
         ]
     elif offloaded:
-        advice += [
-            f"{megabytes(offloaded)} MB of the checkpoint stay in RAM; use a smaller one (NF4, Q4) to be faster"
-        ]
+        advice += [f"{megabytes(offloaded)} MB of the checkpoint stay in RAM; a smaller one would be faster"]
     return tuple(advice)
 
 
@@ -114,7 +112,9 @@ def _to_run_at_all(missing: int, least: int, inference: int, margin: int) -> tup
         )
     if margin:
         freed = min(margin, missing)
-        advice.append(f"set the memory margin to {megabytes_down(margin - freed)} MB (now {megabytes(margin)})")
+        advice.append(
+            f"set the memory margin to {megabytes_down(margin - freed)} MB (now {megabytes(margin)})"
+        )
     if inference:
         advice.append(
             f"lower the resolution or the batch size, or raise GPU Weights: the generation itself keeps "
