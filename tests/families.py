@@ -236,6 +236,86 @@ def boft(rescaled: bool, shape: Shape, g: torch.Generator) -> Family:
     return Family(tensors | ({"rescale": rescale} if rescaled else {}), full)
 
 
+def input_oft(shared: bool, shape: Shape, g: torch.Generator) -> Family:
+    """`W' = W · Rᵀ` on a linear layer, W · R on a convolution; `R = I + 2Q + 2Q² + 2Q³ + Q⁴`.
+
+    The strict upper triangles of Q are stored, row by row; a shared one serves all blocks of [in · kernel].
+    """
+    columns = math.prod(shape[1:])
+    size = block_size(columns)
+    stored = 1 if shared else columns // size
+    packed = normal(g, 0.1, stored, size * (size - 1) // 2)
+    whole = torch.zeros(columns, columns, dtype=torch.float64)
+    for block in range(columns // size):
+        values = iter(packed[0 if shared else block].tolist())
+        for row in range(size):
+            for column in range(row + 1, size):
+                value = next(values)
+                whole[block * size + row, block * size + column] = value
+                whole[block * size + column, block * size + row] = -value
+    powers = [torch.linalg.matrix_power(whole, n) for n in range(5)]
+    turn = powers[0] + 2 * powers[1] + 2 * powers[2] + 2 * powers[3] + powers[4]
+    if len(shape) == 2:
+        turn = turn.T
+    return Family({"oft_R.weight": packed}, lambda weight: (weight.flatten(1) @ turn).reshape(shape))
+
+
+def input_boft(shape: Shape, g: torch.Generator) -> Family:
+    """`W' = diag(s) · W · (Mₖ · … · M₀)ᵀ`, Mᵢ block-diagonal between a permutation and its inverse.
+
+    Stage i takes the chunks of b / 2 inputs of 2ⁱ blocks in the order 0, 2, 4, …, 1, 3, 5, …
+    """
+    columns = math.prod(shape[1:])
+    size = block_size(columns)
+    count = columns // size
+    stages = (count & -count).bit_length() if size > 1 else 1
+    blocks = normal(g, 0.2, stages, count, size, size)
+    scale = 1.0 + normal(g, 0.05, shape[0])
+    skew = 0.5 * (blocks - blocks.transpose(-1, -2)).double()
+    identity = torch.eye(size, dtype=torch.float64)
+    turns = (identity - skew) @ torch.linalg.inv(identity + skew)
+    product = torch.eye(columns, dtype=torch.float64)
+    for stage in range(stages):
+        group, chunk = size * 2**stage, max(1, size // 2)
+        permutation = torch.zeros(columns, columns, dtype=torch.float64)
+        place = 0
+        for first in range(0, columns, group):
+            chunks = list(range(first, first + group, chunk))
+            for start in chunks[0::2] + chunks[1::2] if stage else chunks:
+                for offset in range(chunk):
+                    permutation[place, start + offset] = 1.0
+                    place += 1
+        product = permutation @ torch.block_diag(*turns[stage]) @ permutation.T @ product
+    tensors = {"boft_R": blocks, "boft_s": scale[:, None] if len(shape) == 2 else scale[None]}
+
+    def full(weight: Tensor) -> Tensor:
+        return (scale.double()[:, None] * weight.flatten(1) @ product.T).reshape(shape)
+
+    return Family(tensors, full)
+
+
+def glora_tucker(shape: Shape, g: torch.Generator) -> Family:
+    """GLoRA with `Σ b1[o, m] bm[m, r, k] b2[r, i]` in the place of b1 b2."""
+    rank, kernel = 3, shape[2:] or (1,)
+    plain = glora("new", shape, g)
+    std = math.sqrt(DELTA_STD / (0.5 * rank))
+    up, core, down = (
+        normal(g, std, shape[0], rank, *(1 for _ in shape[2:])),
+        normal(g, 1.0, rank, rank, *kernel),
+        normal(g, std, rank, shape[1], *(1 for _ in shape[2:])),
+    )
+    tensors = plain.tensors | {"b1.weight": up, "bm.weight": core, "b2.weight": down}
+    inner, outer = (plain.tensors[f"{role}.weight"].double() for role in ("a1", "a2"))
+    delta = torch.einsum(
+        "om,mrk,ri->oik", up.double().flatten(1), core.double().flatten(2), down.double().flatten(1)
+    ).reshape(shape)
+
+    def full(weight: Tensor) -> Tensor:
+        return weight + 0.5 * (torch.einsum("oi...,ij->oj...", weight, inner @ outer) + delta)
+
+    return Family(tensors, full)
+
+
 def diff(shape: Shape, g: torch.Generator) -> Family:
     value = normal(g, DELTA_STD, *shape)
     return added({"diff": value}, value.double())
@@ -262,7 +342,14 @@ FAMILIES: Mapping[str, Make] = {
     "boft": partial(boft, False),
     "boft-rescale": partial(boft, True),
     "diff": diff,
+    "oft-peft": partial(input_oft, False),
+    "oft-peft-shared": partial(input_oft, True),
+    "boft-peft": input_boft,
+    "glora-tucker": glora_tucker,
 }
+
+INPUT_ROTATIONS = ("oft-peft", "oft-peft-shared", "boft-peft")
+OUTPUT_ROTATIONS = tuple(name for name in FAMILIES if "oft" in name and name not in INPUT_ROTATIONS)
 
 
 def family(name: str, shape: Shape, seed: int = 0) -> Family:

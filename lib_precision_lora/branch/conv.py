@@ -1,4 +1,7 @@
-"""The branch of a convolution: `y += up · (scale · conv(x, down)) + conv(x, D) + b`, sample by sample."""
+"""The branch of a convolution: `y += up · (scale · conv(x, down)) + conv(x, D) + b`, sample by sample.
+
+Where inputs are rotated among positions of the kernel, `patches.PatchInput` stands in for the input side.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
-from lib_precision_lora.branch.product import Product, SingleProduct
-from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
+from lib_precision_lora.branch.patches import PatchInput
+from lib_precision_lora.branch.product import Compute, Product, SingleProduct
+from lib_precision_lora.branch.rows import WORKSPACE_BYTES, BranchInput, add_rows
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -27,6 +31,10 @@ class ConvBranch(WeightBranch):
     Stride, padding, its mode, and dilation are read from the module at each call, since hosts change them
     (seamless tiling makes padding circular).
     """
+
+    def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
+        super().__init__(weight, bias, compute)
+        self._by_patch = any(operator.mixes for operator, _ in input_turns(weight))
 
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where its layout allows; x: [B, in, …] or [in, …], y alike."""
@@ -45,7 +53,9 @@ class ConvBranch(WeightBranch):
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
         for group in range(module.groups):
-            given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
+            given: BranchInput = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
+            if self._by_patch:
+                given = PatchInput(module, operands, x, given)
             add_rows(operands, given, positions, module.bias, (group * height, (group + 1) * height))
 
 
@@ -92,15 +102,17 @@ class ConvInput:
 def require_conv_form(module: nn.Module, weight: EffectiveWeight) -> None:
     """Raise `AdapterError` for what has no branch on a convolution.
 
-    Rotated inputs mix positions of the kernel; rotated outputs of a grouped convolution mix groups.
+    Rotated outputs of a grouped convolution mix groups, and its inputs are turned for one group alone.
     """
-    turns = [turn for piece in weight.pieces for turn in piece.turns]
-    turns += [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
-    if any(operator.mixes for operator, _ in turns):
-        raise AdapterError("a rotation of the inputs of a convolution is not supported")
     rotated = any(isinstance(step, Left) and step.operator.mixes for step in weight.steps)
-    if (rotated or turns) and getattr(module, "groups", 1) > 1:
-        raise AdapterError("rotated outputs or scaled inputs of a grouped convolution are not supported")
+    if (rotated or input_turns(weight)) and getattr(module, "groups", 1) > 1:
+        raise AdapterError("rotated outputs or turned inputs of a grouped convolution are not supported")
+
+
+def input_turns(weight: EffectiveWeight) -> list[Turn]:
+    """Every turn of inputs in a weight, of the base and of what is added to it."""
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
+    return turns + [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
 
 
 def channelwise(operator: Operator, channels: int) -> Operator:

@@ -107,7 +107,11 @@ class WeightBranch:
             scale = column_scales(low_rank(self.steps)).to(device) * stack.exponents
         turned = any(piece.turns for piece in self.pieces)
         pieces = tuple(
-            dataclasses.replace(piece, turns=tuple((op.to(device), f) for op, f in piece.turns))
+            dataclasses.replace(
+                piece,
+                turns=tuple((op.to(device), f) for op, f in piece.turns),
+                share=None if piece.share is None else piece.share.to(device),
+            )
             for piece in self.pieces
         )
         phases = tuple(_phases(self.steps, stack, self.rows, device))
