@@ -81,7 +81,7 @@ def _read_packed(name: str, tensors: Mapping[str, Tensor]) -> InputRotation:
     divisor = 2.0 * (size - 1) ** 0.5 if scaled else 1.0
     turns = truncated_deviation(unpacked_skew(packed.double() / divisor, size)).float()
     columns = None if packed.shape[0] == 1 else packed.shape[0] * size
-    operator = Blocks(turns.transpose(-1, -2).contiguous())
+    operator = Blocks(turns.transpose(-1, -2))
     on_convolution = None if name.startswith(PEFT_PREFIX) else Blocks(turns)
     return InputRotation(operator, columns, size, "oft", on_convolution=on_convolution)
 
