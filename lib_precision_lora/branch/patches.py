@@ -38,14 +38,18 @@ class PatchInput:
         return self.unturned.hidden()
 
     def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
-        if not turns:
-            return self.unturned.dense(rows, turns)
-        return self._by_block(lambda block: self._linear(block).dense(rows.flatten(1), turns))
+        """The rows are turned instead of the patches, of which there are more."""
+        rows = rows.to(self.sample.device).flatten(1)
+        for operator, factor in turns:
+            rows = rows + factor * operator.transposed(rows)
+        return self.unturned.dense(rows, ())
 
     def kronecker(self, term: Kronecker, turns: Sequence[Turn]) -> Tensor:
         if not turns:
             return self.unturned.kronecker(term, turns)
-        return self._by_block(lambda block: self._linear(block).kronecker(term, turns))
+        return self._by_block(
+            lambda block: LinearInput(self.module, self.operands, block).kronecker(term, turns)
+        )
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
         by_patch = patchwise(self.module)
@@ -57,9 +61,6 @@ class PatchInput:
             return y if self.module.bias is None else y - self.module.bias.to(y)
 
         return self._by_block(product)
-
-    def _linear(self, block: Tensor) -> LinearInput:
-        return LinearInput(self.module, self.operands, block)
 
     def _by_block(self, product: Callable[[Tensor], Tensor]) -> Tensor:
         """The product of all patches: [positions, n]; of blocks [≤ positions, in · kernel] fp32."""
