@@ -7,51 +7,14 @@ the sizes that trainings reach on a base of standard deviation BASE_STD.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters import Adapter, read_adapters
-
-BASE_STD = 0.03
-DELTA_STD = 0.003
-"""Elements of one adapter's ΔW: a tenth of the base's."""
-
-Shape = tuple[int, ...]
-Change = Callable[[Tensor, float], Tensor]
-"""(running rows W in float64, strength) → the rows after the adapter."""
-Full = Callable[[Tensor], Tensor]
-"""A(W), in float64: the weight at strength 1."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """tensors: one layer of a file, by key ending; full: what they mean."""
-
-    tensors: dict[str, Tensor]
-    full: Full
-
-    @property
-    def adapter(self) -> Adapter:
-        return read_adapters({f"layer.{key}": value for key, value in self.tensors.items()})["layer"]
-
-    def change(self, weight: Tensor, strength: float) -> Tensor:
-        """`W + strength · (A(W) − W)`."""
-        return weight + strength * (self.full(weight) - weight)
-
-
-Make = Callable[[Shape, torch.Generator], Family]
-
-
-def normal(g: torch.Generator, std: float, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=g) * std
-
-
-def added(tensors: dict[str, Tensor], delta: Tensor) -> Family:
-    return Family(tensors, lambda weight: weight + delta.reshape(weight.shape))
+from tests.family import BASE_STD, DELTA_STD, Family, Make, Shape, added, normal
+from tests.rotation_families import boft, input_boft, input_oft, oft
 
 
 def lora(rank: int, alpha: float, shape: Shape, g: torch.Generator) -> Family:
@@ -179,61 +142,26 @@ def ia3(writer: str, axis: str, shape: Shape, g: torch.Generator) -> Family:
     return Family(tensors, lambda weight: weight * factor.view(view))
 
 
-def cayley(blocks: Tensor, constraint: float) -> Tensor:
-    """`(I + Q)(I − Q)⁻¹` with Q = blocks − blocksᵀ, its norm at most the constraint where there is one."""
-    skew = (blocks - blocks.transpose(-1, -2)).double()
-    if constraint:
-        skew = skew * min(1.0, constraint / (float(skew.norm()) + 1e-8))
-    identity = torch.eye(blocks.shape[-1], dtype=torch.float64)
-    return (identity + skew) @ torch.linalg.inv(identity - skew)
-
-
-def block_size(rows: int) -> int:
-    return next(n for n in (4, 2, 1) if rows % n == 0)
-
-
-def oft(constrained: bool, rescaled: bool, shape: Shape, g: torch.Generator) -> Family:
-    """`W'[k, m] = Σₙ R[k][n, m] W[k, n]`, then rows are multiplied with `rescale`."""
-    size = block_size(shape[0])
-    blocks = normal(g, 0.1, shape[0] // size, size, size)
-    alpha = 0.1 / shape[0] if constrained else 0.0
-    turns = cayley(blocks, alpha * shape[0])
-    rescale = (1.0 + normal(g, 0.05, shape[0])).view(shape[0], *(1 for _ in shape[1:]))
-    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(alpha, dtype=torch.float64)}
+def glora_tucker(shape: Shape, g: torch.Generator) -> Family:
+    """GLoRA with `Σ b1[o, m] bm[m, r, k] b2[r, i]` in the place of b1 b2."""
+    rank, kernel = 3, shape[2:] or (1,)
+    plain = glora("new", shape, g)
+    std = math.sqrt(DELTA_STD / (0.5 * rank))
+    up, core, down = (
+        normal(g, std, shape[0], rank, *(1 for _ in shape[2:])),
+        normal(g, 1.0, rank, rank, *kernel),
+        normal(g, std, rank, shape[1], *(1 for _ in shape[2:])),
+    )
+    tensors = plain.tensors | {"b1.weight": up, "bm.weight": core, "b2.weight": down}
+    inner, outer = (plain.tensors[f"{role}.weight"].double() for role in ("a1", "a2"))
+    delta = torch.einsum(
+        "om,mrk,ri->oik", up.double().flatten(1), core.double().flatten(2), down.double().flatten(1)
+    ).reshape(shape)
 
     def full(weight: Tensor) -> Tensor:
-        turned = torch.einsum("knm,knc->kmc", turns, weight.reshape(*blocks.shape[:2], -1)).reshape(shape)
-        return turned * rescale.double() if rescaled else turned
+        return weight + 0.5 * (torch.einsum("oi...,ij->oj...", weight, inner @ outer) + delta)
 
-    return Family(tensors | ({"rescale": rescale} if rescaled else {}), full)
-
-
-def boft(rescaled: bool, shape: Shape, g: torch.Generator) -> Family:
-    """`W' = Bₘ … B₁ W`: stage i turns groups of rows whose numbers lie 2^i · b / 2 apart."""
-    size = block_size(shape[0])
-    count = shape[0] // size
-    stages = max(1, (count & -count).bit_length()) if size > 1 else 1
-    blocks = normal(g, 0.1, stages, count, size, size)
-    turns = cayley(blocks, 0.0)
-    rescale = (1.0 + normal(g, 0.05, shape[0])).view(shape[0], *(1 for _ in shape[1:]))
-
-    def full(weight: Tensor) -> Tensor:
-        rows = weight.reshape(shape[0], -1)
-        for stage in range(stages):
-            step = 2**stage * (size // 2)
-            order = [
-                base + half * step + i
-                for base in range(0, shape[0], 2 * step)
-                for i in range(step)
-                for half in (0, 1)
-            ]
-            turned = torch.empty_like(rows)
-            turned[order] = (turns[stage] @ rows[order].view(count, size, -1)).reshape(shape[0], -1)
-            rows = turned
-        return rows.reshape(shape) * (rescale.double() if rescaled else 1.0)
-
-    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(0)}
-    return Family(tensors | ({"rescale": rescale} if rescaled else {}), full)
+    return Family(tensors, full)
 
 
 def diff(shape: Shape, g: torch.Generator) -> Family:
@@ -262,7 +190,14 @@ FAMILIES: Mapping[str, Make] = {
     "boft": partial(boft, False),
     "boft-rescale": partial(boft, True),
     "diff": diff,
+    "oft-peft": partial(input_oft, False),
+    "oft-peft-shared": partial(input_oft, True),
+    "boft-peft": input_boft,
+    "glora-tucker": glora_tucker,
 }
+
+INPUT_ROTATIONS = ("oft-peft", "oft-peft-shared", "boft-peft")
+OUTPUT_ROTATIONS = tuple(name for name in FAMILIES if "oft" in name and name not in INPUT_ROTATIONS)
 
 
 def family(name: str, shape: Shape, seed: int = 0) -> Family:

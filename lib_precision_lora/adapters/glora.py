@@ -1,7 +1,8 @@
 """GLoRA: `W' = W + alpha / rank · (W · a1 · a2 + b1 · b2)`.
 
 `W · a1` is read once from the running weight, after which the adapter is two low-rank terms. On a
-convolution a1 · a2 acts on the input channels, at each position of the kernel.
+convolution a1 · a2 acts on the input channels, at each position of the kernel; a Tucker core (`bm`, between
+b1 and b2) is folded into b2 when the file is read.
 Source: arXiv 2306.07967; LyCORIS `glora` in its new and old layouts.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
 from lib_precision_lora.adapters.additive import read_alpha, require_matrices, require_parts
+from lib_precision_lora.adapters.lora import fold_tucker_core
 from lib_precision_lora.adapters.steps import Add, Running, Step
 from lib_precision_lora.adapters.terms import LowRank
 
@@ -84,7 +86,9 @@ def read_glora(name: str, tensors: Mapping[str, Tensor]) -> GLoRA | None:
     rank = a1.shape[0] if old else a2.shape[0]
     inner, outer, up, down = (a2, a1, b2, b1) if old else (a1, a2, b1, b2)
     if "bm" in tensors:
-        raise AdapterError(f"{name}: GLoRA with a Tucker core (bm) is not supported")
+        core = as_float_factor(name, "bm", tensors["bm"])
+        require_finite(name, bm=core)
+        down = fold_tucker_core(name, core, down, ("bm", "b1" if old else "b2")).flatten(1)
     if inner.shape[1] != outer.shape[0] or up.shape[1] != down.shape[0]:
         shapes = ", ".join(f"{role} {list(tensors[role].shape)}" for role in ROLES)
         raise AdapterError(f"{name}: the factors do not meet ({shapes})")

@@ -115,16 +115,19 @@ def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:
     return make_lora(name, up, down, read_alpha(name, tensors), tensors.get("lora_mid"))
 
 
-def fold_tucker_core(name: str, mid: Tensor, down: Tensor) -> Tensor:
+def fold_tucker_core(
+    name: str, mid: Tensor, down: Tensor, roles: tuple[str, str] = ("lora_mid", "lora_down")
+) -> Tensor:
     """`down'[m, i, k…] = Σᵣ mid[m, r, k…] · down[r, i]`, in fp32.
 
-    mid: [m, r, *kernel]; down: [r, in] or [r, in, 1, …]; returns [m, in, *kernel].
+    mid: [m, r, *kernel]; down: [r, in] or [r, in, 1, …]; roles: their names; returns [m, in, *kernel].
     Source: Tucker-2 decomposition of a convolution (LyCORIS, arXiv 2309.14859, section 3).
     """
     inner = down.flatten(1)
     if mid.ndim < 3 or mid.shape[1] != inner.shape[0]:
         raise AdapterError(
-            f"{name}: lora_mid has shape {list(mid.shape)}, which does not meet lora_down {list(down.shape)}"
+            f"{name}: {roles[0]} has shape {list(mid.shape)}, which does not meet "
+            f"{roles[1]} {list(down.shape)}"
         )
     return torch.einsum("mrk,ri->mik", mid.flatten(2).float(), inner.float()).reshape(
         mid.shape[0], inner.shape[1], *mid.shape[2:]

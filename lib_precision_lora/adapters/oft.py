@@ -1,4 +1,4 @@
-"""OFT and BOFT as LyCORIS trains them: rotations of the outputs, block by block.
+"""OFT and BOFT as LyCORIS trains them: rotations of the outputs, block by block (`peft_oft`: of the inputs).
 
     Q = blocks − blocksᵀ        R = (I + Q) · (I − Q)⁻¹ = I + 2 Q (I − Q)⁻¹        (Cayley)
     OFT    W'[k, m] = Σₙ R[k][n, m] · W[k, n]                     k the block
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
 from lib_precision_lora.adapters.additive import read_alpha
+from lib_precision_lora.adapters.cayley import cayley_deviation
 from lib_precision_lora.adapters.operators import Blocks, Chain, Diagonal, Operator
 from lib_precision_lora.adapters.steps import Left, Running, Step
 
@@ -29,10 +30,13 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OFT:
-    """operator: the rotation (and rescale) of [out]; rows: out; block: the size of its blocks."""
+    """operator: the rotation (and rescale) of [out]; block: the size of its blocks.
+
+    rows: out, None for any multiple of a shared block.
+    """
 
     operator: Operator
-    rows: int
+    rows: int | None
     block: int
     kind: str
 
@@ -44,7 +48,12 @@ class OFT:
         return self.operator.tensors()
 
     def check(self, shape: tuple[int, ...]) -> None:
-        if shape[0] != self.rows:
+        if self.rows is None and shape[0] % self.block:
+            raise AdapterError(
+                f"the shared {self.kind} block of {self.block} does not divide the layer's {shape[0]} "
+                "outputs: the file was trained on another model"
+            )
+        if self.rows not in (None, shape[0]):
             raise AdapterError(
                 f"the {self.kind} blocks of {self.block} make {self.rows} outputs, the layer has {shape[0]}: "
                 "the file was trained on another model"
@@ -54,7 +63,7 @@ class OFT:
         raise AdapterError(f"{self.kind} on a layer whose rows the host reorders is not supported")
 
     def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
-        return (Left(0, self.rows, self.operator, strength),)
+        return (Left(0, running.shape[0], self.operator, strength),)
 
 
 def read_oft(name: str, tensors: Mapping[str, Tensor]) -> OFT | None:
@@ -79,7 +88,7 @@ def read_oft(name: str, tensors: Mapping[str, Tensor]) -> OFT | None:
             f"blocks of {size} do not divide {rows} outputs"
         )
     constraint = (read_alpha(name, tensors) or 0.0) * rows
-    turns = cayley_deviation(blocks.double(), constraint)
+    turns = cayley_deviation(constrained_skew(blocks.double(), constraint))
     parts: list[Operator] = []
     if blocks.ndim == 3:
         parts.append(Blocks(turns.transpose(-1, -2).float().contiguous()))
@@ -98,8 +107,8 @@ def read_oft(name: str, tensors: Mapping[str, Tensor]) -> OFT | None:
     return OFT(operator, rows, size, "oft" if blocks.ndim == 3 else "boft")
 
 
-def cayley_deviation(blocks: Tensor, constraint: float) -> Tensor:
-    """`R − I = 2 Q (I − Q)⁻¹`, Q = blocks − blocksᵀ, its norm held to the constraint where that is positive.
+def constrained_skew(blocks: Tensor, constraint: float) -> Tensor:
+    """`Q = blocks − blocksᵀ`, its norm over all blocks held to the constraint where that is positive.
 
     blocks: [..., b, b] fp64.
     """
@@ -108,9 +117,7 @@ def cayley_deviation(blocks: Tensor, constraint: float) -> Tensor:
         norm = skew.norm() + 1e-8
         if norm > constraint:
             skew = skew * constraint / norm
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    deviation: Tensor = 2.0 * torch.linalg.solve(identity - skew, skew, left=False)
-    return deviation
+    return skew
 
 
 def butterfly_order(rows: int, step: int) -> Tensor:

@@ -82,7 +82,7 @@ class Diagonal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """`dM = P · blockdiag(blocks) · Pᵀ`; blocks: [count, size, size] fp32.
+    """`dM = P · blockdiag(blocks) · Pᵀ`; blocks: [count, size, size] fp32, of count 1 where all are the same.
 
     order: the permutation P as element numbers, [count · size]: element i of the block view is element
     order[i] of z. None where the blocks lie as they are. inverse: its inverse.
@@ -102,7 +102,7 @@ class Blocks:
     def _turn(self, z: Tensor, equation: str) -> Tensor:
         ordered = z if self.order is None else z[..., self.order]
         turned = torch.einsum(
-            equation, self.blocks.to(z), ordered.reshape(*z.shape[:-1], *self.blocks.shape[:2])
+            equation, self.blocks.to(z), ordered.reshape(*z.shape[:-1], -1, self.blocks.shape[-1])
         )
         flat = turned.flatten(-2)
         return flat if self.inverse is None else flat[..., self.inverse]

@@ -10,7 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lib_precision_lora.adapters import diff, dora, glora, ia3, loha, lokr, lora, oft
+from lib_precision_lora.adapters import (
+    diff,
+    dora,
+    glora,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    oft,
+    peft_boft,
+    peft_oft,
+    tlora,
+)
 from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
 from lib_precision_lora.adapters.layouts import aliases
@@ -20,7 +32,7 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".weight": ("weight", ""),
     **{
         ending: role
-        for family in (lora, dora, loha, lokr, glora, ia3, oft, diff)
+        for family in (lora, dora, loha, lokr, glora, ia3, oft, peft_oft, peft_boft, tlora, diff)
         for ending, role in family.SUFFIXES.items()
     },
 }
@@ -91,6 +103,7 @@ def read_module(
     Raises `AdapterError` for a damaged one.
     """
     asked = Asked(tensors)
+    tlora.refuse_tlora(name, asked)
     bias: Adapter | None = diff.read_bias(name, asked)
     for read_additive in (lora.read_lora, loha.read_loha, lokr.read_lokr):
         additive: Additive | None = read_additive(name, asked)
@@ -99,7 +112,13 @@ def read_module(
     weight, scaled_bias = ia3.read_ia3(name, asked)
     if weight is not None:
         return weight, bias or scaled_bias, frozenset(asked.used)
-    for read in (oft.read_oft, glora.read_glora, diff.read_dense):
+    for read in (
+        oft.read_oft,
+        peft_oft.read_peft_oft,
+        peft_boft.read_peft_boft,
+        glora.read_glora,
+        diff.read_dense,
+    ):
         found: Adapter | None = read(name, asked)
         if found is not None:
             return found, bias, frozenset(asked.used)

@@ -2,7 +2,7 @@
 
     Add      W ← W + scale · diag(1 + row_change) · term · N₁ · N₂ · …
     Left     W ← (I + factor · dM) · W
-    Right    W ← W · (I + factor · dN)
+    Right    W ← W + factor · diag(share) · W · dN
 
 The effective weight after any stack of adapters is the base with its Right steps, followed by the Add and
 Left steps in order: a Right step moves through those before it into their columns.
@@ -52,12 +52,16 @@ class Left:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Right:
-    """Rows [start, stop) see their input turned by an operator on inputs."""
+    """Rows [start, stop) see their input turned by an operator on inputs, each by its share of the factor.
+
+    share: [stop − start] fp32, 1 where None.
+    """
 
     start: int
     stop: int
     operator: Operator
     factor: float = 1.0
+    share: Tensor | None = None
 
 
 Step = Add | Left | Right

@@ -1,4 +1,7 @@
-"""The branch of a convolution: `y += up · (scale · conv(x, down)) + conv(x, D) + b`, sample by sample."""
+"""The branch of a convolution: `y += up · (scale · conv(x, down)) + conv(x, D) + b`, sample by sample.
+
+Where inputs are rotated among positions of the kernel, `patches.PatchInput` stands in for the input side.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from lib_precision_lora.branch.chunks import WORKSPACE_BYTES, token_count
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
-from lib_precision_lora.branch.product import Product, SingleProduct
+from lib_precision_lora.branch.patches import PatchInput
+from lib_precision_lora.branch.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.rows import add_rows
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -29,6 +33,10 @@ class ConvBranch(WeightBranch):
     Stride, padding, its mode, and dilation are read from the module at each call, since hosts change them
     (seamless tiling makes padding circular).
     """
+
+    def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
+        super().__init__(weight, bias, compute)
+        self._by_patch = any(operator.mixes for operator, _ in input_turns(weight))
 
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where its layout allows; x: [B, in, …] or [in, …], y alike."""
@@ -46,10 +54,14 @@ class ConvBranch(WeightBranch):
         """One sample, in place; x: [in, …], y: [out, …]."""
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
-        at_once = positions.shape[0] if operands.has_whole_terms else token_count(operands.token_bytes)
+        whole = self._by_patch or operands.has_whole_terms
+        at_once = positions.shape[0] if whole else token_count(operands.token_bytes)
         for group in range(module.groups):
             given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
             window = (group * height, (group + 1) * height)
+            if self._by_patch:
+                add_rows(operands, PatchInput(module, operands, x, given), positions, module.bias, window)
+                continue
             for start in range(0, positions.shape[0], at_once):
                 given.window = slice(start, start + at_once)
                 add_rows(operands, given, positions[given.window], module.bias, window)
@@ -111,15 +123,17 @@ class ConvInput:
 def require_conv_form(module: nn.Module, weight: EffectiveWeight) -> None:
     """Raise `AdapterError` for what has no branch on a convolution.
 
-    Rotated inputs mix positions of the kernel; rotated outputs of a grouped convolution mix groups.
+    Rotated outputs of a grouped convolution mix groups, and its inputs are turned for one group alone.
     """
-    turns = [turn for piece in weight.pieces for turn in piece.turns]
-    turns += [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
-    if any(operator.mixes for operator, _ in turns):
-        raise AdapterError("a rotation of the inputs of a convolution is not supported")
     rotated = any(isinstance(step, Left) and step.operator.mixes for step in weight.steps)
-    if (rotated or turns) and getattr(module, "groups", 1) > 1:
-        raise AdapterError("rotated outputs or scaled inputs of a grouped convolution are not supported")
+    if (rotated or input_turns(weight)) and getattr(module, "groups", 1) > 1:
+        raise AdapterError("rotated outputs or turned inputs of a grouped convolution are not supported")
+
+
+def input_turns(weight: EffectiveWeight) -> list[Turn]:
+    """Every turn of inputs in a weight, of the base and of what is added to it."""
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
+    return turns + [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
 
 
 def channelwise(operator: Operator, channels: int) -> Operator:

@@ -23,16 +23,22 @@ from lib_precision_lora.storage import StoredWeight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows [start, stop) of the base: `W0 · Π (I + f·dN)`, the turns in the order of the product."""
+    """Rows [start, stop) of the base: `diag(share) · W0 · Π (I + f·dN)`, turns in the order of the product.
+
+    share: [stop − start] fp32, 1 where None. The shares of all pieces of a row add up to 1.
+    """
 
     start: int
     stop: int
     turns: tuple[Turn, ...] = ()
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EffectiveWeight:
     """`W_eff = stepₖ ∘ … ∘ step₁ (W0 · R)`, R by rows; `lib_precision_lora.adapters.steps` has the steps.
+
+    R is a product of turns, for some rows a mixture of several (`Piece.share`).
 
     The form is closed under `apply`, so a whole stack, in prompt order, is one such value. It refers to
     the tensors of the adapters and of the stored weight, and copies neither.
@@ -97,11 +103,11 @@ class EffectiveWeight:
         """This weight after one more step, its rows counted from the first of the weight."""
         if not isinstance(step, Right):
             return dataclasses.replace(self, steps=(*self.steps, step))
-        turn = step.operator, step.factor
         pieces = [
-            dataclasses.replace(part, turns=(*part.turns, turn)) if inside else part
+            turned
             for piece in self.pieces
             for part, inside in _cut(piece, step.start, step.stop)
+            for turned in (_turned_piece(part, step) if inside else (part,))
         ]
         steps: list[Add | Left] = []
         for earlier in self.steps:
@@ -110,8 +116,7 @@ class EffectiveWeight:
                 steps.append(earlier)
                 continue
             for addition, inside in _cut(earlier, step.start, step.stop):
-                turned = dataclasses.replace(addition, columns=(*addition.columns, turn))
-                steps.append(turned if inside else addition)
+                steps.extend(_turned_addition(addition, step) if inside else (addition,))
         return dataclasses.replace(self, pieces=tuple(pieces), steps=tuple(steps))
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -180,16 +185,55 @@ def _cut(part: Cuttable, start: int, stop: int) -> Iterator[tuple[Cuttable, bool
 
 
 def _rows_of(part: Cuttable, low: int, high: int) -> Cuttable:
-    if isinstance(part, Piece):
-        return dataclasses.replace(part, start=low, stop=high)
     shift = low - part.start
-    row_change = None if part.row_change is None else part.row_change[shift : shift + high - low]
+    here = slice(shift, shift + high - low)
+    if isinstance(part, Piece):
+        share = None if part.share is None else part.share[here]
+        return dataclasses.replace(part, start=low, stop=high, share=share)
+    row_change = None if part.row_change is None else part.row_change[here]
     return dataclasses.replace(part, start=low, stop=high, first=part.first + shift, row_change=row_change)
 
 
+def _turned_piece(piece: Piece, step: Right) -> tuple[Piece, ...]:
+    """The piece after a turn of its inputs; with shares, one that is turned and one that is not."""
+    turns = (*piece.turns, (step.operator, step.factor))
+    share = _share_of(step, piece.start, piece.stop)
+    if share is None:
+        return (dataclasses.replace(piece, turns=turns),)
+    whole = torch.ones_like(share) if piece.share is None else piece.share
+    return (
+        dataclasses.replace(piece, share=whole * (1.0 - share)),
+        dataclasses.replace(piece, turns=turns, share=whole * share),
+    )
+
+
+def _turned_addition(addition: Add, step: Right) -> tuple[Add, ...]:
+    """The addition after a turn of its inputs; with shares, one that is turned and one that is not."""
+    columns = (*addition.columns, (step.operator, step.factor))
+    share = _share_of(step, addition.start, addition.stop)
+    if share is None:
+        return (dataclasses.replace(addition, columns=columns),)
+    whole = torch.ones_like(share) if addition.row_change is None else 1.0 + addition.row_change.to(share)
+    return (
+        dataclasses.replace(addition, row_change=whole * (1.0 - share) - 1.0),
+        dataclasses.replace(addition, columns=columns, row_change=whole * share - 1.0),
+    )
+
+
+def _share_of(step: Right, start: int, stop: int) -> Tensor | None:
+    return None if step.share is None else step.share[start - step.start : stop - step.start]
+
+
 def _refuse_part_of_rotation(earlier: Left, step: Right) -> None:
-    """A turn of inputs on a part of the rows that were rotated together has no exact form here."""
+    """A turn of inputs that differs among rows which were rotated together has no exact form here."""
     apart = step.stop <= earlier.start or earlier.stop <= step.start
     whole = step.start <= earlier.start and earlier.stop <= step.stop
-    if earlier.operator.mixes and not apart and not whole:
+    if not earlier.operator.mixes or apart:
+        return
+    if not whole:
         raise AdapterError("it turns the inputs of a part of a layer that another adapter rotates as a whole")
+    if step.share is not None:
+        raise AdapterError(
+            "it turns inputs by rows, at a strength other than 1, of a layer whose outputs another adapter "
+            "rotates as a whole; put it before that one in the prompt, or set its strength to 1"
+        )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters.adapter import AdapterError
 from lib_precision_lora.adapters.steps import Add, Left
-from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.product import Compute
 
@@ -24,10 +24,10 @@ class EmbeddingBranch(WeightBranch):
         """`y + branch(x)` in y's memory; x: [...] ids, y: [..., dim]."""
         ids, y = x.reshape(-1).to(y.device), y.contiguous()
         vectors = y.view(-1, y.shape[-1]).to(_exact_type(y.device))
+        stored = vectors.clone() if len(self.pieces) > 1 else vectors
         for piece in self.pieces:
             inside = (ids >= piece.start) & (ids < piece.stop)
-            for operator, factor in piece.turns:
-                vectors[inside] += factor * operator.to(y.device).transposed(vectors[inside])
+            vectors[inside] += _shift(piece, stored[inside], ids[inside])
         for step in self.steps:
             inside = (ids >= step.start) & (ids < step.stop)
             rows = (ids[inside] - step.start).cpu()
@@ -43,6 +43,16 @@ class EmbeddingBranch(WeightBranch):
 def _exact_type(device: torch.device) -> torch.dtype:
     """fp64 where there is any, so that several additions still meet the vector in one rounding."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
+def _shift(piece: Piece, stored: Tensor, ids: Tensor) -> Tensor:
+    """What the turns of a piece add to the stored vectors of these ids: [ids, dim]."""
+    total = torch.zeros_like(stored)
+    for operator, factor in piece.turns:
+        total = total + factor * operator.to(stored.device).transposed(stored + total)
+    if piece.share is not None:
+        total = total * piece.share.to(total)[ids - piece.start, None]
+    return total
 
 
 def _added(step: Add, rows: Tensor) -> Tensor:

@@ -175,6 +175,8 @@ def _others(weight: EffectiveWeight) -> Iterator[Tensor]:
 def _all_others(weight: EffectiveWeight) -> Iterator[Tensor]:
     for piece in weight.pieces:
         yield from _turn_tensors(piece.turns)
+        if piece.share is not None:
+            yield piece.share
     for step in weight.steps:
         if isinstance(step, Left):
             yield from _operator_tensors(step.operator)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from lib_precision_lora.adapters.operators import Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 
 
 class TurnedRows(Protocol):
-    """Rows of the base with the turns of their input."""
+    """Rows of the base with the turns of their input, and how much of each row is turned so."""
 
     @property
     def start(self) -> int: ...
@@ -21,6 +23,8 @@ class TurnedRows(Protocol):
     def stop(self) -> int: ...
     @property
     def turns(self) -> tuple[Turn, ...]: ...
+    @property
+    def share(self) -> Tensor | None: ...
 
 
 def structure(pieces: Sequence[TurnedRows], steps: Sequence[Add | Left]) -> tuple[object, ...]:
@@ -35,7 +39,7 @@ def exact_identity(pieces: Sequence[TurnedRows], steps: Sequence[Add | Left]) ->
 
 
 def _pieces(pieces: Sequence[TurnedRows]) -> tuple[object, ...]:
-    return tuple((piece.start, piece.stop, _turns(piece.turns)) for piece in pieces)
+    return tuple((piece.start, piece.stop, _turns(piece.turns), id(piece.share)) for piece in pieces)
 
 
 def _step(step: Add | Left) -> tuple[object, ...]:

@@ -170,7 +170,11 @@ class WeightBranch:
             scale = column_scales(low_rank(self.steps)).to(home) * self._stack.exponents
         turned = any(piece.turns for piece in self.pieces)
         pieces = tuple(
-            dataclasses.replace(piece, turns=tuple((op.to(home), f) for op, f in piece.turns))
+            dataclasses.replace(
+                piece,
+                turns=tuple((op.to(home), f) for op, f in piece.turns),
+                share=None if piece.share is None else piece.share.to(home),
+            )
             for piece in self.pieces
         )
         phases = tuple(_phases(self.steps, self._stack, self.rows, home))

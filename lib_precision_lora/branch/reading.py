@@ -126,10 +126,14 @@ class Reader:
             rows = _overlap(piece.start, piece.stop, low, high)
             if rows is None or not piece.turns:
                 continue
-            part, total = base[rows], delta[rows]
+            part = base[rows]
+            total = torch.zeros_like(part)
             for operator, factor in piece.turns:
                 total = total + factor * operator.to(base.device).transposed(part + total)
-            delta[rows] = total
+            if piece.share is not None:
+                first = low + rows.start - piece.start
+                total = total * piece.share[first : first + len(part), None].to(total)
+            delta[rows] += total
         return delta
 
     def _steps(self, low: int, high: int, base: Tensor | None, delta: Tensor, columns: slice) -> Tensor:

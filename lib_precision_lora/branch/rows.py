@@ -1,7 +1,8 @@
 """The output side of a branch, shared by linear and convolutional modules: rows are output channels.
 
     plain:   y[:, s] += hidden[:, columns] · upᵀ + others + b
-    turned:  z = (y − bias) + W0 (R − I) x;  then phase by phase  z ← L z + additions;  y = z + bias + b
+    turned:  z = (y − bias) + Σ share · W0 (R − I) x
+             then phase by phase  z ← L z + additions;  y = z + bias + b
 
 All parts are summed in fp32 and meet y in one rounding, block by block in y's own memory.
 """
@@ -82,7 +83,8 @@ def _add_turned(
         z -= offset
     for piece in operands.pieces:
         if piece.turns:
-            z[:, piece.start : piece.stop] += given.base(piece.turns)[:, piece.start : piece.stop]
+            shift = given.base(piece.turns)[:, piece.start : piece.stop]
+            z[:, piece.start : piece.stop] += shift if piece.share is None else shift * piece.share
     for phase in operands.phases:
         for left in phase.lefts:
             _turn_outputs(left, z, window)

@@ -75,6 +75,9 @@ KINDS: Mapping[str, Make] = {
     "boft-rescale": partial(ButterflyOFTModule, lora_dim=8, rescaled=True),
     "boft-constraint": partial(ButterflyOFTModule, lora_dim=4, constraint=0.005),
     "full": FullModule,
+    "lora-rank-dropout": partial(
+        LoConModule, lora_dim=4, alpha=2, dropout=0.2, rank_dropout=0.5, rank_dropout_scale=True
+    ),
 }
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from lycoris.modules.dylora import DyLoraModule
+from lycoris.modules.glora import _glora_weight
+from lycoris.modules.locon import LoConModule
 from lycoris.modules.norms import NormModule
+from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
-from lib_precision_lora.adapters import Dense, Kronecker, LowRank, read_adapters
+from lib_precision_lora.adapters import AdapterError, Dense, Kronecker, LowRank, read_adapters
 from lib_precision_lora.adapters.terms import Hadamard
 from lib_precision_lora.branch import EffectiveWeight, PatchSession
 from lib_precision_lora.storage import stored_weight
@@ -101,8 +106,9 @@ def test_norms_mean_what_lycoris_computes(norm: nn.Module) -> None:
         assert float((expected - module.org_forward(x)).norm()) > 0.0
 
 
-def test_dylora_is_the_lora_of_its_whole_rank() -> None:
-    layer = nn.Linear(10, 6).requires_grad_(False)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_dylora_is_the_lora_of_its_whole_rank(make: Callable[[], nn.Module]) -> None:
+    layer = make().requires_grad_(False)
     module = DyLoraModule("layer", layer, lora_dim=4, alpha=2, block_size=1)
     randomize(module)
     with torch.no_grad():
@@ -111,3 +117,42 @@ def test_dylora_is_the_lora_of_its_whole_rank() -> None:
     delta = EffectiveWeight.identity(stored_weight(layer.weight)).apply(adapter).delta()
     assert adapter.kind == "lora"
     assert difference(layer.weight + delta, expected.double(), layer.weight) <= TOLERANCE
+
+
+def test_dylora_of_larger_blocks_is_the_lora_that_lycoris_loads() -> None:
+    """In training it divides alpha by the number of blocks; its file, which does not tell the block's size,
+    is a LoRA's, and so is the scale with which the library itself loads it: alpha / rank."""
+    layer = nn.Linear(10, 6).requires_grad_(False)
+    module = DyLoraModule("layer", layer, lora_dim=4, alpha=2, block_size=2)
+    randomize(module)
+    file = module.state_dict(prefix="layer.")
+    up, down, alpha = (file[f"layer.{key}"] for key in ("lora_up.weight", "lora_down.weight", "alpha"))
+    loaded = LoConModule.make_module_from_state_dict("layer", layer, up, down, None, alpha, None)
+    with torch.no_grad():
+        expected, _ = loaded.get_merged_weight(1.0, layer.weight.shape)
+        in_training, _ = module.get_merged_weight(1.0, rank=2)
+    delta = EffectiveWeight.identity(stored_weight(layer.weight)).apply(read_adapters(file)["layer"]).delta()
+    assert difference(layer.weight + delta, expected.double(), layer.weight) <= TOLERANCE
+    assert difference(layer.weight + 2 * delta, in_training.double(), layer.weight) <= TOLERANCE
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_tlora_is_refused_by_its_name(make: Callable[[], nn.Module]) -> None:
+    module = TLoraModule("layer", make(), lora_dim=4)
+    file = module.state_dict(prefix="lycoris_layer.")
+    assert not any("base" in key for key in file)
+    with pytest.raises(AdapterError, match=r"^lycoris_layer: T-LoRA is not supported, its file lacks"):
+        read_adapters(file)
+
+
+def test_glora_with_a_core_is_what_the_library_computes() -> None:
+    """Its module never makes one (it asks for a 1×1 kernel that is none), its function reads one."""
+    g = torch.Generator().manual_seed(2)
+    base = torch.randn(32, 16, 3, 3, generator=g)
+    shapes = {"a1": (16, 4, 1, 1), "a2": (4, 16, 1, 1), "b1": (32, 4, 1, 1), "b2": (4, 16, 1, 1)}
+    parts = {role: 0.3 * torch.randn(shape, generator=g) for role, shape in shapes.items()}
+    parts["bm"] = 0.3 * torch.randn(4, 4, 3, 3, generator=g)
+    file = {f"layer.{role}.weight": part for role, part in parts.items()} | {"layer.alpha": torch.tensor(2.0)}
+    delta = EffectiveWeight.identity(stored_weight(nn.Parameter(base))).apply(read_adapters(file)["layer"])
+    expected = _glora_weight(base.double(), *(part.double() for part in parts.values()), 0.5)
+    assert difference(base + delta.delta(), base.double() + expected, base) <= TOLERANCE

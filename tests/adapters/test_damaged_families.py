@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, read_adapters
-from tests.families import FAMILIES, family
+from tests.families import FAMILIES, OUTPUT_ROTATIONS, family
 
 NAN, INF = float("nan"), float("inf")
 SHAPE = (16, 12)
@@ -106,13 +106,44 @@ DAMAGED = {
     "lokr of vectors": ("lokr-full", {"lokr_w1": torch.ones(4)}, r"\[4\]"),
     "glora": ("glora", {"a2.weight": torch.ones(2, 12)}, r"factors do not meet .*a2 \[2, 12\]"),
     "glora of vectors": ("glora", {"a1.weight": torch.ones(12)}, r"a1 has shape \[12\]"),
-    "glora with a core": ("glora", {"bm.weight": torch.ones(3, 3, 3, 3)}, "core"),
+    "glora core": (
+        "glora-tucker",
+        {"bm.weight": torch.ones(3, 5, 1)},
+        r"bm has shape \[3, 5, 1\], which does not meet b2 \[3, 12\]",
+    ),
+    "glora core of another rank": ("glora-tucker", {"bm.weight": torch.ones(5, 3, 1)}, "factors do not meet"),
     "oft blocks that are not square": ("oft", {"oft_blocks": torch.ones(4, 4, 3)}, r"\[4, 4, 3\]"),
     "oft blocks without a count": ("oft", {"oft_blocks": torch.ones(4, 4)}, r"\[4, 4\]"),
     "boft blocks of odd size": ("boft", {"oft_blocks": torch.ones(2, 4, 3, 3)}, r"\[2, 4, 3, 3\]"),
     "boft of too many stages": ("boft", {"oft_blocks": torch.ones(5, 4, 4, 4)}, r"\[5, 4, 4, 4\]"),
     "rescale": ("oft-rescale", {"rescale": torch.ones(12, 1)}, "rescale has 12 values, .* 16 outputs"),
     "dora scale": ("dora-out", {"dora_scale": torch.ones(15, 1)}, r"\[15, 1\].* 16 outputs"),
+    "no triangle": (
+        "oft-peft",
+        {"oft_R.weight": torch.ones(3, 7)},
+        r"\[3, 7\], not \[blocks",
+    ),
+    "no triangles": ("oft-peft", {"oft_R.weight": torch.ones(0, 6)}, r"oft_R has shape \[0, 6\]"),
+    "triangles of nothing": ("oft-peft", {"oft_R.weight": torch.ones(12, 0)}, r"oft_R has shape \[12, 0\]"),
+    "a flat triangle": ("oft-peft", {"oft_R.weight": torch.ones(6)}, r"oft_R has shape \[6\]"),
+    "an integer triangle": ("oft-peft", {"oft_R.weight": torch.ones(3, 6).int()}, "torch.int32"),
+    "oft with a dora scale": ("oft-peft", {"dora_scale": torch.ones(16, 1)}, "DoRA scale is not supported"),
+    "boft of inputs, not square": (
+        "boft-peft",
+        {"boft_R": torch.ones(1, 3, 4, 3)},
+        r"boft_R has shape \[1, 3, 4, 3\], not \[stages, blocks, b, b\]",
+    ),
+    "boft of inputs without stages": ("boft-peft", {"boft_R": torch.ones(3, 4, 4)}, r"\[3, 4, 4\]"),
+    "boft of inputs of too many stages": (
+        "boft-peft",
+        {"boft_R": torch.ones(2, 3, 4, 4)},
+        r"3 blocks of 4 do not make 2 butterfly stages",
+    ),
+    "boft of inputs of odd blocks": (
+        "boft-peft",
+        {"boft_R": torch.ones(2, 4, 3, 3)},
+        r"4 blocks of 3 do not make 2 butterfly stages",
+    ),
     "an integer factor": ("loha", {"hada_w1_a": torch.ones(16, 3).int()}, "torch.int32"),
     "an integer rotation": ("oft", {"oft_blocks": torch.ones(4, 4, 4).int()}, "torch.int32"),
     "an integer scale": ("dora-out", {"dora_scale": torch.ones(16, 1).int()}, "torch.int32"),
@@ -140,13 +171,30 @@ def test_an_adapter_of_another_models_shape_is_refused_with_numbers(
 ) -> None:
     adapter = family(name, SHAPE).adapter
     adapter.check(SHAPE)
-    blind = {"ia3-out", "ia3-peft-out"} | {one for one in FAMILIES if "oft" in one}
-    if shape[0] == 16 and name in blind:
+    blind_to_inputs = ("ia3-out", "ia3-peft-out", *OUTPUT_ROTATIONS)
+    blind_to_outputs = ("ia3-in", "ia3-peft-in", "oft-peft", "oft-peft-shared")
+    if shape[0] == 16 and name in blind_to_inputs:
         adapter.check(shape)
         return
-    if name in ("ia3-in", "ia3-peft-in") and shape == (18, 12):
+    if shape == (18, 12) and name in blind_to_outputs:
         adapter.check(shape)
         return
     with pytest.raises(AdapterError, match=r"\d+|vector") as caught:
         adapter.check(shape)
     assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("oft", (18, 12), "the oft blocks of 4 make 16 outputs, the layer has 18:"),
+    ("boft", (18, 12), "the boft blocks of 4 make 16 outputs, the layer has 18:"),
+    ("oft-peft", (16, 14), "the oft blocks of 4 turn 12 inputs, the layer has 14:"),
+    ("oft-peft", (16, 2, 3, 3), "the oft blocks of 4 turn 12 inputs, the layer has 18:"),
+    ("oft-peft-shared", (16, 14), "the shared oft block of 4 does not divide the layer's 14 inputs:"),
+    ("boft-peft", (16, 24), "the boft blocks of 4 turn 12 inputs, the layer has 24:"),
+    ("boft-peft", (18, 12), "the boft scale has 16 values, the layer has 18 outputs:"),
+])  # fmt: skip
+def test_a_rotation_that_does_not_fit_is_refused_with_its_blocks(
+    name: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"^{message} the file was trained on another model$"):
+        family(name, SHAPE).adapter.check(shape)

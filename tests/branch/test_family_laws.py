@@ -12,7 +12,7 @@ from lib_precision_lora.adapters import AdapterError
 from lib_precision_lora.branch import EffectiveWeight, PatchSession
 from lib_precision_lora.storage import stored_weight
 from tests.branch.hosts import stored_holder
-from tests.families import BASE_STD, FAMILIES, Family, family
+from tests.families import BASE_STD, FAMILIES, OUTPUT_ROTATIONS, Family, family
 from tests.oracles import Step, merge
 from tests.storage.formats import stored_variant
 
@@ -136,9 +136,8 @@ def embedding() -> tuple[nn.Module, Tensor]:
     return nn.Embedding(40, 16), torch.randint(0, 40, (3, 7))
 
 
-ROTATIONS = tuple(name for name in FAMILIES if "oft" in name)
 FORWARDS = [(name, make) for make in (linear, conv, conv_1d) for name in FAMILIES] + [
-    (name, embedding) for name in FAMILIES if name not in ROTATIONS
+    (name, embedding) for name in FAMILIES if name not in OUTPUT_ROTATIONS
 ]
 
 
@@ -153,7 +152,7 @@ def test_a_forward_multiplies_with_the_merged_weight(name: str, make) -> None:
         assert forward_error(layer, x, applied) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("name", OUTPUT_ROTATIONS)
 def test_a_rotation_of_a_vocabulary_is_refused(name: str) -> None:
     layer, _ = embedding()
     model = nn.ModuleDict({"layer": layer.requires_grad_(False)})
@@ -162,7 +161,7 @@ def test_a_rotation_of_a_vocabulary_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dora-out", "loha-dora-out", "oft", "glora", "ia3-in", "lokr-full", "loha-streamed"]
+    "name", ["dora-out", "loha-dora-out", "oft", "glora", "ia3-in", "lokr-full", "loha-streamed", "boft-peft"]
 )
 def test_a_forward_on_every_stored_weight_multiplies_with_the_merged_weight(name: str) -> None:
     for stored in STORED:
