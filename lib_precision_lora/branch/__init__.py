@@ -1,8 +1,8 @@
 """The algebra of effective weights, its execution beside a module, and the session that attaches it."""
 
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.patch import Applied, Patch, PatchError
+from lib_precision_lora.branch.patch import Applied, Patch, PatchError, PatchMemoryError
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.session import PatchSession
 
-__all__ = ["Applied", "Compute", "EffectiveWeight", "Patch", "PatchError", "PatchSession"]
+__all__ = ["Applied", "Compute", "EffectiveWeight", "Patch", "PatchError", "PatchMemoryError", "PatchSession"]

@@ -136,13 +136,16 @@ class PatchSession:
         pieces = ((name, attached.piece) for name, attached in self._attached.items())
         return tuple(n for n, piece in pieces if isinstance(piece, WeightBranch) and piece.stream is not None)
 
-    def device_bytes(self, device: torch.device) -> int:
-        """Bytes of factors that stand on the device now."""
+    @property
+    def placed_bytes(self) -> int:
+        """Bytes of factors that stand where forwards expect them; streamed ones do not."""
         sizes: dict[int, int] = {}
         for attached in self._attached.values():
-            for tensor in attached.piece.placed():
-                if tensor.device == device:
-                    sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            piece = attached.piece
+            if isinstance(piece, WeightBranch) and piece.stream is not None:
+                continue
+            for tensor in piece.placed():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(sizes.values())
 
     @property

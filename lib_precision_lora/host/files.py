@@ -12,9 +12,6 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-KEPT_FILES = 5
-"""How many read files stay in memory, as many as the WebUI's own cache keeps."""
-
 
 class FileProblem(ValueError):
     """A LoRA file that cannot be applied: one sentence that names it."""
@@ -39,13 +36,17 @@ class Stamp:
 
 
 class LoraFiles:
-    """State dicts by version of the file; the least recently used one goes first.
+    """State dicts by version of the file, within a bound of RAM; the least recently used one goes first.
 
-    read_other: how the host reads what is no safetensors file (`.pt`, `.ckpt`).
+    read_other: how the host reads what is no safetensors file (`.pt`, `.ckpt`); limit: the bound in bytes,
+    asked for at each reading.
     """
 
-    def __init__(self, read_other: Callable[[str], Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, read_other: Callable[[str], Mapping[str, Tensor]], limit: Callable[[], int] = lambda: 2**30
+    ) -> None:
         self._read_other = read_other
+        self._limit = limit
         self._kept: OrderedDict[Stamp, Mapping[str, Tensor]] = OrderedDict()
 
     def read(self, stamp: Stamp) -> Mapping[str, Tensor]:
@@ -73,9 +74,16 @@ class LoraFiles:
         if not tensors:
             raise FileProblem(f"{name} holds no tensors: it is no LoRA")
         self._kept[stamp] = tensors
-        while len(self._kept) > KEPT_FILES:
+        limit = self._limit()
+        while self._kept and self.kept_bytes > limit:
             self._kept.popitem(last=False)
         return tensors
+
+    @property
+    def kept_bytes(self) -> int:
+        """RAM of the files that are kept."""
+        kept = (tensor for file in self._kept.values() for tensor in file.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def clear(self) -> None:
         self._kept.clear()

@@ -1,7 +1,9 @@
 """Forge: which of its functions are swapped, and for what.
 
 LoraLoader.refresh      attach branches instead of merging, for every patcher of a model
-load_models_gpu         do so too where the host believes that nothing has changed
+load_models_gpu         plan the memory and tell the host first; attach where it believes that nothing changed
+free_memory             no request above the card's size
+sampling_prepare        how large the image is, for the plan
 networks.load_networks  read files, report what cannot be applied, keep one patcher per checkpoint
 cached_params           text conditioning is cached by our settings and file versions as well
 """
@@ -19,8 +21,9 @@ from torch import nn
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.contract import Requirement
 from lib_precision_lora.host.files import LoraFiles
-from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
+from lib_precision_lora.host.memory import MemoryPlanner
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.settings import Settings, read_settings
@@ -50,6 +53,16 @@ REQUIREMENTS = (
     ),
     Requirement("backend.memory_management", "unload_model_clones", ("model",)),
     Requirement("backend.memory_management", "current_loaded_models"),
+    Requirement("backend.memory_management", "free_memory", ("memory_required", "device", "keep_loaded")),
+    Requirement("backend.memory_management", "get_free_memory", ("dev",)),
+    Requirement("backend.memory_management", "get_total_memory", ("dev",)),
+    Requirement("backend.memory_management", "get_torch_device"),
+    Requirement("backend.memory_management", "minimum_inference_memory"),
+    Requirement("backend.memory_management", "is_device_cpu", ("device",)),
+    Requirement("backend.memory_management", "module_size", ("module", "include_device")),
+    Requirement("backend.memory_management", "soft_empty_cache"),
+    Requirement("modules.sd_samplers_kdiffusion", "sampling_prepare", ("unet", "x")),
+    Requirement("modules.sd_samplers_timesteps", "sampling_prepare", ("unet", "x")),
     Requirement("backend.utils", "load_torch_file", ("ckpt", "safe_load")),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
     Requirement("networks", "load_network", ("name", "network_on_disk")),
@@ -76,7 +89,7 @@ class ForgeBinding:
         import networks
         from backend import memory_management, utils
         from backend.patcher import lora
-        from modules import processing, sd_models, shared
+        from modules import processing, sd_models, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 
         self._shared = shared
         self._memory_management = memory_management
@@ -86,11 +99,19 @@ class ForgeBinding:
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
-        files = LoraFiles(lambda path: utils.load_torch_file(path, safe_load=True))
+        self.memory = MemoryPlanner(
+            memory_management, self._sessions, self._session, self.settings, self.notices
+        )
+        files = LoraFiles(
+            lambda path: utils.load_torch_file(path, safe_load=True), lambda: self.settings().cache_bytes
+        )
         self.loader = NetworkLoader(files, self.notices)
         self._replacements = [
             Replacement(lora.LoraLoader, "refresh", self._make_refresh),
             Replacement(memory_management, "load_models_gpu", self._make_load_models),
+            Replacement(memory_management, "free_memory", self.memory.guard),
+            Replacement(sd_samplers_kdiffusion, "sampling_prepare", self._make_sampling_prepare),
+            Replacement(sd_samplers_timesteps, "sampling_prepare", self._make_sampling_prepare),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
         ]
@@ -109,6 +130,7 @@ class ForgeBinding:
         """
         for model in list(self._sessions):
             self._sessions.pop(model).clear()
+            self.memory.forget(model)
             self._host_refresh(model.lora_loader, {}, force_refresh=True)
             for loaded in list(self._memory_management.current_loaded_models):
                 if loaded.model.model is model:
@@ -145,8 +167,11 @@ class ForgeBinding:
                     force_refresh = True
                 host_refresh(lora_loader, lora_patches, offload_device, force_refresh)
                 return
-            if session is None:
-                session = self._sessions[model] = HostedSession(model)
+            session = self._session(model)
+            left_out = self.memory.left_out(model)
+            if left_out:
+                fitting = (key for key in lora_patches if source_of(key) not in left_out)
+                lora_patches = {key: lora_patches[key] for key in fitting}
 
             def merge(host_patches: Any) -> None:
                 host_refresh(lora_loader, host_patches, offload_device, True)
@@ -164,16 +189,42 @@ class ForgeBinding:
 
         return refresh
 
+    def _session(self, model: nn.Module) -> HostedSession:
+        if model not in self._sessions:
+            self._sessions[model] = HostedSession(model)
+        return self._sessions[model]
+
     def _make_load_models(self, host_load: Callable[..., None]) -> Callable[..., None]:
-        def load_models_gpu(models: Any, *args: Any, **kwargs: Any) -> None:
-            host_load(models, *args, **kwargs)
+        def load_models_gpu(
+            models: Any, memory_required: float = 0, hard_memory_preservation: float = 0
+        ) -> None:
+            device = self._memory_management.get_torch_device()
+            required = self.memory.at_most_the_card(memory_required, device)
+            kept = self.memory.at_most_the_card(hard_memory_preservation, device)
+            planned = (
+                [patcher for patcher in models if self._follows(patcher)] if self.settings().enabled else []
+            )
+            kept += self.memory.prepare(planned, models, required, kept)
+            host_load(models, required, kept)
             for patcher in models:
                 if self._follows(patcher):
                     patcher.refresh_loras()
+            for patcher in planned:
+                self.memory.place(patcher)
             if self.settings().on_failure == "stop":
                 self.notices.stop_if_any()
 
         return load_models_gpu
+
+    def _make_sampling_prepare(self, host_prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def sampling_prepare(unet: Any, x: Any) -> Any:
+            self.memory.positions = int(x.shape[-2] * x.shape[-1])
+            try:
+                return host_prepare(unet, x)
+            finally:
+                self.memory.positions = None
+
+        return sampling_prepare
 
     def _make_load_networks(self, host_load: Callable[..., None]) -> Callable[..., None]:
         def load_networks(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lib_precision_lora.adapters import (
@@ -19,6 +20,7 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import Compute, Patch, PatchError, PatchSession
+from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
@@ -44,6 +46,7 @@ class HostedSession:
         self._theirs: object = None
         self._stock_dora_norm = False
         self._problems: list[PatchError] = []
+        self._sketched: tuple[object, Mapping[str, Footprint]] | None = None
 
     def follow(
         self,
@@ -78,10 +81,34 @@ class HostedSession:
         ]
         return self._problems
 
+    def footprints(
+        self,
+        model: nn.Module,
+        host_patches: HostPatches,
+        arithmetic: Arithmetic,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Mapping[str, Footprint]:
+        """What each module's branch would take, of these patches. Raises `PatchError` as attaching does."""
+        signature = arithmetic, device, dtype, *_flat(host_patches)
+        if self._sketched is None or self._sketched[0] != signature:
+            ours, _ = self._divide(model, host_patches)
+            sketched = self._session.footprints(ours, arithmetic.compute, device, dtype)
+            self._sketched = signature, sketched
+        return self._sketched[1]
+
+    def place(self, device: torch.device, dtype: torch.dtype, resident: frozenset[str] | None) -> None:
+        """Bring the factors to where forwards expect them (`PatchSession.place`)."""
+        self._session.place(device, dtype, resident)
+
+    @property
+    def placed_bytes(self) -> int:
+        return self._session.placed_bytes
+
     def clear(self) -> None:
         """Take off everything that is ours; what the host has merged is the host's to take out."""
         self._session.clear()
-        self._signature = self._theirs = None
+        self._signature = self._theirs = self._sketched = None
         self._values.clear()
         self._adapters.clear()
         self._problems = []
@@ -108,7 +135,7 @@ class HostedSession:
             except Exception:
                 logger.exception("taking the failed merge out failed as well; reload the checkpoint")
             reason = f"the WebUI's own merge failed ({type(error).__name__}: {error})"
-            sources = dict.fromkeys(_source(identifier) for identifier in theirs)
+            sources = dict.fromkeys(source_of(identifier) for identifier in theirs)
             return [PatchError(f"{source}: {reason}", source) for source in sources]
         self._theirs = _flat(theirs)
         return []
@@ -122,7 +149,7 @@ class HostedSession:
                 self._session.apply_patches(patches, compute)
                 return problems
             except PatchError as error:
-                source = error.source or _last_source(patches, error.parameter)
+                source = error.source or _lastsource_of(patches, error.parameter)
                 message = str(error) if error.source is not None else f"{source or 'all of them'}: {error}"
                 # a new error: the raised one's traceback would keep the model alive
                 problems.append(PatchError(message, source))
@@ -156,7 +183,7 @@ class HostedSession:
         }
         ours = [
             Patch(
-                _source(identifier),
+                source_of(identifier),
                 _target(name, offset, function),
                 self._adapters[id(value)][1],  # type: ignore[arg-type]
                 float(strength),
@@ -212,7 +239,7 @@ def _take_out_unreadable(theirs: dict[Any, Mapping[str, Sequence[Sequence[Any]]]
     for identifier, patches in list(theirs.items()):
         for name, stack in patches.items():
             if any(isinstance(entry[1], ForgePatch) and not entry[1].host_readable for entry in stack):
-                source = _source(identifier)
+                source = source_of(identifier)
                 reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
                 problems.append(PatchError(f"{source}: {reason}", source))
                 del theirs[identifier]
@@ -220,7 +247,7 @@ def _take_out_unreadable(theirs: dict[Any, Mapping[str, Sequence[Sequence[Any]]]
     return problems
 
 
-def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
+def _lastsource_of(patches: Sequence[Patch], place: str | None) -> str | None:
     """The last source that patches this parameter, or one of this module; None where there is none."""
     here = [
         patch.source
@@ -230,7 +257,8 @@ def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
     return here[-1] if here else None
 
 
-def _source(identifier: Any) -> str:
+def source_of(identifier: Any) -> str:
+    """The file that one of the host's patch identifiers stands for."""
     return str(identifier[0]) if isinstance(identifier, tuple) and identifier else str(identifier)
 
 

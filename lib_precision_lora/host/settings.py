@@ -9,13 +9,17 @@ from typing import Any, Literal
 from lib_precision_lora.branch import Compute
 from lib_precision_lora.ui.settings import (
     AS_STOCK,
+    CACHE,
     COMPUTE,
     DORA_NORM,
     ENABLED,
+    MARGIN,
     ON_FAILURE,
     OPTIONS,
+    PLACEMENT,
     SECTION,
     STOP,
+    STREAMED,
 )
 
 _COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
@@ -36,6 +40,9 @@ class Settings:
     enabled: bool = True
     arithmetic: Arithmetic = Arithmetic()
     on_failure: Literal["continue", "stop"] = "continue"
+    margin_bytes: int = 0
+    stream_all: bool = False
+    cache_bytes: int = 2**30
 
 
 def read_settings(opts: Any) -> Settings:
@@ -49,7 +56,16 @@ def read_settings(opts: Any) -> Settings:
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
         ),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
+        margin_bytes=_megabytes(getattr(opts, MARGIN, None), default.margin_bytes),
+        stream_all=getattr(opts, PLACEMENT, "") == STREAMED,
+        cache_bytes=_megabytes(getattr(opts, CACHE, None), default.cache_bytes),
     )
+
+
+def _megabytes(value: Any, default: int) -> int:
+    """Bytes of a number of MB that is neither nonsense nor negative."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return int(value * 2**20) if number and 0 <= value < 2**30 else default
 
 
 def register_settings() -> None:

@@ -54,6 +54,7 @@ def plan_budget(
     free_bytes: int,
     total_bytes: int,
     streaming_bytes: int | None = None,
+    stream_all: bool = False,
 ) -> Plan:
     """The plan for one patch set on one card.
 
@@ -61,7 +62,8 @@ def plan_budget(
     sizes of the allocations, which are then rounded as the allocator does; workspace_bytes: what a forward
     takes beyond the base's own; inference_bytes: the host's reserve for everything else; margin_bytes: the
     user's; free_bytes: with all other models gone; total_bytes: of the card; streaming_bytes: the layers
-    that are on the card at once when factors are streamed, `STREAM_BUFFER_BYTES` where None.
+    that are on the card at once when factors are streamed, `STREAM_BUFFER_BYTES` where None; stream_all:
+    keep no factors on the card, as the user may want it.
     Raises `ValueError` for a negative number.
     """
     factors = factor_bytes if isinstance(factor_bytes, int) else allocated_bytes(factor_bytes)
@@ -72,13 +74,14 @@ def plan_budget(
     available = min(free_bytes, total_bytes)
     if factors + workspace_bytes == 0:
         return Plan("resident", 0, 0, 0, 0, max(0, base_bytes + inference_bytes - available))
-    whole, least = factors + workspace_bytes, buffers + workspace_bytes
+    least = buffers + workspace_bytes
+    whole = least if stream_all else factors + workspace_bytes
     beside_nothing = available - inference_bytes - margin_bytes
     for room in (beside_nothing - base_bytes, beside_nothing):
         if least > room:
             continue
         peak = min(whole, room)
-        resident = factors if whole <= room else room - least
+        resident = 0 if stream_all else factors if whole <= room else room - least
         reserve = min(total_bytes, peak + margin_bytes)
         offloaded = max(0, base_bytes + inference_bytes + reserve - available)
         placement: Placement = "resident" if resident == factors else "streamed"

@@ -11,6 +11,10 @@ ENABLED = "precision_lora_enabled"
 COMPUTE = "precision_lora_compute"
 ON_FAILURE = "precision_lora_on_failure"
 DORA_NORM = "precision_lora_dora_norm"
+PLACEMENT = "precision_lora_placement"
+MARGIN = "precision_lora_margin"
+CACHE = "precision_lora_cache"
+AUTOMATIC, STREAMED = "Automatic", "Always streamed from RAM"
 CONTINUE, STOP = "Continue without it", "Stop the generation"
 AS_TRAINED, AS_STOCK = "As it was trained", "As stock Forge does"
 
@@ -24,7 +28,7 @@ class Option:
     default: Any
     label: str
     info: str
-    component: Literal["Radio"] | None = None
+    component: Literal["Radio", "Slider"] | None = None
     component_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,5 +65,31 @@ OPTIONS = (
         "a damaged file, or one for another model; the page, the log and the image's parameters say which",
         "Radio",
         {"choices": [CONTINUE, STOP]},
+    ),
+    Option(
+        PLACEMENT,
+        AUTOMATIC,
+        "Where LoRA factors are kept",
+        "Automatic: on the card, and in RAM where they do not fit beside the checkpoint; streamed: always in "
+        "RAM, which takes the least memory of the card and costs a little time in every step",
+        "Radio",
+        {"choices": [AUTOMATIC, STREAMED]},
+    ),
+    Option(
+        MARGIN,
+        0,
+        "Memory margin (MB)",
+        "what is kept free on the card beyond what LoRAs are planned to take, for other programs",
+        "Slider",
+        {"minimum": 0, "maximum": 4096, "step": 64},
+    ),
+    Option(
+        CACHE,
+        1024,
+        "LoRA file cache (MB of RAM)",
+        "files that were used last stay in memory, so that they need not be read again; the least recently "
+        "used ones go first",
+        "Slider",
+        {"minimum": 0, "maximum": 16384, "step": 128},
     ),
 )

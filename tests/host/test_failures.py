@@ -167,11 +167,11 @@ def test_a_patch_that_does_not_fit_leaves_its_source_out_alone(
     _, dogs = cats_and_dogs(host)
     original: Callable[..., Any] = compose.effective_weights
 
-    def refusing(model: Any, patches: Any, *args: Any) -> Any:
+    def refusing(model: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
         for patch in patches:
             if "cats" in patch.source:
                 raise PatchError(f"{patch.source}: does not fit", patch.source)
-        return original(model, patches, *args)
+        return original(model, patches, *args, **kwargs)
 
     monkeypatch.setattr(session, "effective_weights", refusing)
     for _ in range(2):

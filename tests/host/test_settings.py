@@ -11,12 +11,16 @@ from lib_precision_lora.host.settings import Arithmetic, Settings, read_settings
 from lib_precision_lora.ui.settings import (
     AS_STOCK,
     AS_TRAINED,
+    AUTOMATIC,
+    CACHE,
     COMPUTE,
     CONTINUE,
     DORA_NORM,
     ENABLED,
+    MARGIN,
     ON_FAILURE,
     OPTIONS,
+    PLACEMENT,
     SECTION,
     STOP,
 )
@@ -147,7 +151,7 @@ def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Check
 def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert SECTION == ("precision_lora", "Precision LoRA")
     options = {option.key: option for option in OPTIONS}
-    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE]
+    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, PLACEMENT, MARGIN, CACHE]
     assert all(key.startswith("precision_lora_") for key in options)
     assert options[ENABLED].default is True
     assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
@@ -155,7 +159,16 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert options[ON_FAILURE].default == CONTINUE
     assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
     assert all(option.label and option.info for option in OPTIONS)
-    assert all(option.default in option.component_args["choices"] for option in OPTIONS if option.component)
+    for option in OPTIONS:
+        if option.component == "Radio":
+            assert option.default in option.component_args["choices"]
+        elif option.component == "Slider":
+            assert option.component_args["minimum"] <= option.default <= option.component_args["maximum"]
+    assert (options[PLACEMENT].default, options[MARGIN].default, options[CACHE].default) == (
+        AUTOMATIC,
+        0,
+        1024,
+    )
 
 
 def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
@@ -168,9 +181,15 @@ def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
 
 @pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE):
+    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, PLACEMENT):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
+
+
+@pytest.mark.parametrize("nonsense", [None, "", "yes", -1.5, [], {}, object(), True, float("nan"), 2.0**60])
+def test_a_nonsense_count_of_megabytes_reads_as_the_default(nonsense: Any) -> None:
+    for key in (MARGIN, CACHE):
+        assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
 
 
 def test_values_read_as_what_they_say() -> None:

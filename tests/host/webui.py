@@ -106,7 +106,8 @@ def running_host(kind: str, data: Path, lora_dir: Path) -> Iterator[Host]:
 def _start(host: Host, extra_network: Any, patch: pytest.MonkeyPatch) -> None:
     if "gradio" not in sys.modules and host.kind == "double":
         patch.setitem(sys.modules, "gradio", ModuleType("gradio"))
-        patch.setattr(sys.modules["gradio"], "Radio", SimpleNamespace, raising=False)
+        for component in ("Radio", "Slider"):
+            patch.setattr(sys.modules["gradio"], component, SimpleNamespace, raising=False)
     opts = host.shared.opts
     patch.setitem(opts.__dict__, "data", {**opts.data, **OPTIONS})
     patch.setitem(opts.__dict__, "data_labels", dict(opts.data_labels))

@@ -1,0 +1,305 @@
+"""The memory of a patch set: planned before the host places models, told to it, and kept.
+
+The host makes room with the number that it is told, and places base layers around it. A model that stands
+on the card already it would leave as it is; where that leaves too little, it is unloaded first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_precision_lora.branch import PatchError, PatchMemoryError
+from lib_precision_lora.branch.footprint import Footprint
+from lib_precision_lora.host.hosted import HostedSession, source_of
+from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.settings import Settings
+from lib_precision_lora.memory import Plan, plan_budget
+from lib_precision_lora.memory.allocator import allocated_bytes
+from lib_precision_lora.memory.budget import megabytes
+from lib_precision_lora.memory.placement import choose_resident, streaming_bytes
+
+logger = logging.getLogger("lib_precision_lora")
+
+TEXT_TOKENS = 512
+"""Tokens of a text encoder's longest input."""
+
+WORTH_A_MOVE = 256 * 2**20
+"""How much less a patch set has to ask for, before a model that lies in RAM in part is placed anew."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelPlan:
+    """What was decided for one model: the plan, which modules' factors stay on the card (None: all), and
+    the sources that are left out."""
+
+    plan: Plan
+    resident: frozenset[str] | None
+    left_out: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """planned_bytes: the largest use beyond the same generation without LoRAs, over the models;
+    factor_bytes: of these, factors on the card; measured_bytes: factors that stand there now."""
+
+    planned_bytes: int
+    factor_bytes: int
+    measured_bytes: int
+    placement: str
+    seconds: float
+
+
+class MemoryPlanner:
+    """Plans the memory of every model with LoRAs, at each call of the host's `load_models_gpu`.
+
+    memory_management: the host's module; sessions: those that there are, by model; session: the one of a
+    model, made where missing.
+    """
+
+    def __init__(
+        self,
+        memory_management: Any,
+        sessions: Mapping[nn.Module, HostedSession],
+        session: Callable[[nn.Module], HostedSession],
+        settings: Callable[[], Settings],
+        notices: Notices,
+    ) -> None:
+        self._host = memory_management
+        self._sessions = sessions
+        self._session = session
+        self._settings = settings
+        self._notices = notices
+        self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
+        self._asked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._seconds = 0.0
+        self.positions: int | None = None
+
+    def left_out(self, model: nn.Module) -> frozenset[str]:
+        """The sources that do not fit on the card."""
+        plan = self._plans.get(model)
+        return frozenset() if plan is None else plan.left_out
+
+    def forget(self, model: nn.Module) -> None:
+        self._plans.pop(model, None)
+        self._asked.pop(model, None)
+
+    def prepare(self, patchers: Sequence[Any], models: Sequence[Any], required: float, kept: float) -> int:
+        """Plan these patchers, with everything that is to be loaded with them; bytes to ask the host for.
+
+        models: all that the host is about to load; required, kept: its own `memory_required` and
+        `hard_memory_preservation`.
+        """
+        start = time.perf_counter()
+        for patcher in patchers:
+            self._plans[patcher.model] = self._plan(patcher, models, required, kept)
+        reserve = sum(self._reserve(patcher) for patcher in patchers)
+        for patcher in patchers:
+            self._make_room(
+                patcher, models, max(self._host.minimum_inference_memory(), required) + kept + reserve
+            )
+        self._seconds = time.perf_counter() - start
+        return sum(self._reserve(patcher) for patcher in patchers)
+
+    def place(self, patcher: Any) -> None:
+        """Bring the factors to where the plan wants them; streamed where there is no room after all."""
+        model, start = patcher.model, time.perf_counter()
+        session, decided = self._session(model), self._plans.get(model)
+        if decided is None or not session.attached:
+            return
+        device, dtype = patcher.load_device, activation_type(model)
+        try:
+            session.place(device, dtype, decided.resident)
+        except PatchMemoryError as error:
+            logger.warning("%s; trying once more with factors streamed from RAM", error)
+            try:
+                session.place(device, dtype, frozenset())
+            except PatchMemoryError as still:
+                self._leave_out_all(patcher, decided, still)
+        self._seconds += time.perf_counter() - start
+        if session.attached:
+            self._log(patcher, decided)
+
+    def guard(self, host_free_memory: Callable[..., None]) -> Callable[..., None]:
+        """The host's `free_memory`, never asked for more than the card has."""
+
+        def free_memory(memory_required: float, device: Any, *args: Any, **kwargs: Any) -> None:
+            host_free_memory(self.at_most_the_card(memory_required, device), device, *args, **kwargs)
+
+        return free_memory
+
+    def at_most_the_card(self, size: float, device: Any) -> float:
+        """The request, or the card's size where it is larger, or no number at all."""
+        total = self._host.get_total_memory(device)
+        if math.isfinite(size) and size <= total:
+            return size
+        return float(total)
+
+    def report(self, models: Sequence[nn.Module]) -> MemoryReport | None:
+        """Planned and measured bytes of these models together; None where nothing is attached."""
+        plans = [(model, self._plans[model].plan) for model in models if model in self._plans]
+        plans = [(model, plan) for model, plan in plans if self._session(model).attached]
+        if not plans:
+            return None
+        placements = {plan.placement for _, plan in plans}
+        return MemoryReport(
+            sum(plan.resident_bytes for _, plan in plans)
+            + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
+            sum(plan.resident_bytes for _, plan in plans),
+            sum(self._placed(model) for model, _ in plans),
+            "streamed" if "streamed" in placements else "resident",
+            self._seconds,
+        )
+
+    def _plan(self, patcher: Any, models: Sequence[Any], required: float, kept: float) -> ModelPlan:
+        """The plan with as many files, from the first on, as fit."""
+        patches = dict(patcher.lora_patches)
+        left_out: set[str] = set()
+        while True:
+            footprints = self._footprints(patcher, patches)
+            decided = self._budget(patcher, footprints, models, required, kept)
+            if decided.placement != "refused" or not patches:
+                break
+            source = source_of(list(patches)[-1])
+            patches = {key: value for key, value in patches.items() if source_of(key) != source}
+            left_out.add(source)
+            self._refuse(source, decided)
+        resident = None
+        if decided.placement == "streamed":
+            sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
+            resident = choose_resident(sizes, decided.resident_bytes)
+        return ModelPlan(decided, resident, frozenset(left_out))
+
+    def _footprints(self, patcher: Any, patches: Mapping[Any, Any]) -> Mapping[str, Footprint]:
+        try:
+            return self._session(patcher.model).footprints(
+                patcher.model,
+                patches,
+                self._settings().arithmetic,
+                patcher.load_device,
+                activation_type(patcher.model),
+            )
+        except PatchError:  # what does not fit the model is said when it is attached
+            return {}
+        except Exception:  # an unplanned LoRA is better than no image
+            logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
+            return {}
+
+    def _budget(
+        self,
+        patcher: Any,
+        footprints: Mapping[str, Footprint],
+        models: Sequence[Any],
+        required: float,
+        kept: float,
+    ) -> Plan:
+        host, device = self._host, patcher.load_device
+        positions = self.positions if self.positions and hasattr(patcher.model, "diffusion_model") else None
+        on_cpu = host.is_device_cpu(device)
+        sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
+        shared = sum(each.shared for each in footprints.values()) if on_cpu else 0
+        workspace = max(
+            (each.workspace_bytes(positions or TEXT_TOKENS) for each in footprints.values()), default=0
+        )
+        total = int(host.get_total_memory(device))
+        inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
+        return plan_budget(
+            base_bytes=0 if on_cpu else sum(int(host.module_size(each.model)) for each in models),
+            factor_bytes=max(0, sum(sizes.values()) - shared),
+            workspace_bytes=workspace,
+            inference_bytes=int(inference),
+            margin_bytes=self._settings().margin_bytes,
+            free_bytes=min(total, self._free_without_models(device)),
+            total_bytes=total,
+            streaming_bytes=streaming_bytes(sizes),
+            stream_all=self._settings().stream_all and not on_cpu,
+        )
+
+    def _free_without_models(self, device: Any) -> int:
+        """What is free once every model and every factor has left the device."""
+        held = 0
+        for loaded in self._host.current_loaded_models:
+            if loaded.device == device:
+                held += on_device(loaded, self._host)
+                held += self._placed(loaded.model.model)
+        return int(self._host.get_free_memory(device)) + int(held)
+
+    def _reserve(self, patcher: Any) -> int:
+        """What is to be kept free for this model beyond what its factors hold already."""
+        plan = self._plans[patcher.model].plan
+        return max(0, plan.reserve_bytes - self._placed(patcher.model))
+
+    def _make_room(self, patcher: Any, models: Sequence[Any], needed: float) -> None:
+        """Unload a model that stands on the card where the host would leave too little beside it."""
+        host, device, model = self._host, patcher.load_device, patcher.model
+        here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
+        asked, plan = self._asked.get(model, 0), self._plans[model].plan
+        self._asked[model] = plan.reserve_bytes
+        if not here or host.is_device_cpu(device):
+            return
+        if plan.reserve_bytes > asked:
+            keep = [each for each in host.current_loaded_models if any(each.model is m for m in models)]
+            host.free_memory(needed, device, [*keep, *here])
+            if host.get_free_memory(device) >= needed:
+                return
+        elif asked - plan.reserve_bytes < WORTH_A_MOVE or not any(each.model_accelerated for each in here):
+            return
+        logger.info("the model is placed anew, with %d MB kept free for LoRAs", megabytes(plan.reserve_bytes))
+        for loaded in here:
+            host.current_loaded_models.remove(loaded)
+            loaded.model_unload()
+        host.soft_empty_cache()
+
+    def _placed(self, model: nn.Module) -> int:
+        """Bytes of this model's factors that stand on the device."""
+        session = self._sessions.get(model)
+        return 0 if session is None else session.placed_bytes
+
+    def _refuse(self, source: str, plan: Plan) -> None:
+        self._notices.problem(
+            source,
+            f"A LoRA was left out: {source} does not fit on the card, with those before it: "
+            f"{megabytes(plan.peak_bytes)} MB are needed even when it is streamed from RAM. What helps: "
+            f"{'; '.join(plan.advice)}",
+        )
+
+    def _leave_out_all(self, patcher: Any, decided: ModelPlan, error: PatchMemoryError) -> None:
+        """No memory, neither resident nor streamed: the model goes on without LoRAs."""
+        sources = frozenset(source_of(key) for key in patcher.lora_patches)
+        self._plans[patcher.model] = ModelPlan(decided.plan, decided.resident, sources)
+        for source in sorted(sources):
+            self._notices.problem(source, f"A LoRA was left out: {source}: {error}")
+        patcher.refresh_loras()
+
+    def _log(self, patcher: Any, decided: ModelPlan) -> None:
+        plan, session = decided.plan, self._session(patcher.model)
+        logger.info(
+            "LoRAs on %s: %d MB planned (%d MB of factors on the card, %d MB streamed from RAM, %d MB "
+            "workspace); %d MB of factors stand on the card; %.1f s",
+            type(getattr(patcher.model, "diffusion_model", patcher.model)).__name__,
+            megabytes(plan.peak_bytes),
+            megabytes(plan.resident_bytes),
+            megabytes(plan.streamed_bytes),
+            megabytes(plan.peak_bytes - plan.resident_bytes),
+            megabytes(session.placed_bytes),
+            self._seconds,
+        )
+
+
+def activation_type(model: nn.Module) -> torch.dtype:
+    """The type of the activations: text encoders of the host run in fp32."""
+    dtype = getattr(model, "computation_dtype", torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def on_device(loaded: Any, host: Any) -> int:
+    """Bytes of a loaded model that stand on its device."""
+    return int(host.module_size(loaded.model.model, include_device=loaded.device))
