@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lib_precision_lora.branch.compose import Branch, Reordered, effective_weights, make_attachments
+from lib_precision_lora.branch.branch import Branch
+from lib_precision_lora.branch.compose import Piece, Reordered, effective_weights, make_attachments
 from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
+from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow
+from lib_precision_lora.branch.sites import Site
+
+logger = logging.getLogger(__name__)
 
 Undo = list[Callable[[], None]]
 
@@ -26,7 +33,7 @@ class Attached:
     """What stands at one module, or one shadowed parameter, and how to take it off."""
 
     module: weakref.ref[nn.Module]
-    piece: Branch | Shadow
+    piece: Piece
     detach: Callable[[], None]
 
 
@@ -44,30 +51,35 @@ class PatchSession:
         self._reordered = Reordered()
         self._memo = Memo()
 
-    def apply(self, items: Sequence[PatchItem], compute: Compute = "auto") -> Applied:
+    def apply(
+        self, items: Sequence[PatchItem], compute: Compute = "auto", dense: DensePolicy = "branch"
+    ) -> Applied:
         """Attach these files, each `(name, adapters, strength)`, in this order, instead of the former set.
 
+        dense: whether dense fp16 and fp32 layers are merged instead; `policy.py` has the rule.
         Raises `PatchError` (file, layer and numbers) and leaves everything as it was.
         """
         patches, applied = resolve(self._living_model(), items)
-        self.apply_patches(patches, compute)
+        self.apply_patches(patches, compute, dense)
         return applied
 
-    def apply_patches(self, patches: Sequence[Patch], compute: Compute = "auto") -> None:
+    def apply_patches(
+        self, patches: Sequence[Patch], compute: Compute = "auto", dense: DensePolicy = "branch"
+    ) -> None:
         """`apply`, for patches whose parameters are resolved already."""
-        shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
-        weights = effective_weights(self._living_model(), patches, self._reordered, shadows, self._memo)
-        wanted = make_attachments(weights, compute)
         undo: Undo = []
         before = dict(self._attached)
         try:
-            for name in [name for name in before if name not in wanted]:
+            for name, here in before.items():
+                if isinstance(here.piece, Merged) and not here.piece.stands:
+                    self._remove(name, undo)
+            wanted = self._wanted(patches, compute, dense)
+            for name in [name for name in self._attached if name not in wanted]:
                 self._remove(name, undo)
             for name, (site, piece) in wanted.items():
                 self._put(name, site.module, piece, undo)
         except BaseException:
-            for step in reversed(undo):
-                step()
+            _run_back(undo)
             raise
         self._reordered.keep_only(patches)
         self._memo.keep_used()
@@ -77,11 +89,23 @@ class PatchSession:
         for name in list(self._attached):
             self._attached.pop(name).detach()
 
+    def clear_merged(self) -> bool:
+        """Take off what is merged, alone; whether there was any. The next `apply` merges it again."""
+        names = self.merged
+        for name in names:
+            self._attached.pop(name).detach()
+        return bool(names)
+
     def release(self) -> None:
-        """Let go of all device memory; the next forward places the factors again."""
+        """Let go of all factors on devices; the next forward places them again. Merged layers stay."""
         for attached in self._attached.values():
-            if not isinstance(attached.piece, Shadow):
+            if not isinstance(attached.piece, Shadow | Merged):
                 attached.piece.release()
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The modules that are merged, as opposed to run beside."""
+        return tuple(name for name, here in self._attached.items() if isinstance(here.piece, Merged))
 
     @property
     def attached(self) -> tuple[str, ...]:
@@ -102,13 +126,28 @@ class PatchSession:
             raise ReferenceError("the model of this session is gone")
         return model
 
-    def _put(self, name: str, module: nn.Module, piece: Branch | Shadow, undo: Undo) -> None:
+    def _wanted(
+        self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy
+    ) -> dict[str, tuple[Site, Piece]]:
+        """What should stand where. The effective weights, which hold the memory of the base, end here."""
+        model = self._living_model()
+        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
+        weights = effective_weights(model, patches, self._reordered, shadows, self._memo)
+        return make_attachments(model, weights, compute, dense)
+
+    def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         """Bring one place from what stands there to `piece`, and say how to undo it."""
+        try:
+            self._place(name, module, piece, undo)
+        except NotRepresentable:
+            assert isinstance(piece, Merged)
+            logger.info("%s runs beside its weight: merged, it would leave its type's range", name)
+            self._place(name, module, piece.branch, undo)
+
+    def _place(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         present = self._attached.get(name)
         if present is not None and present.module() is module and _same_structure(present.piece, piece):
-            state = dict(vars(present.piece))
-            undo.append(lambda: vars(present.piece).update(state))
-            present.piece.restrength(piece)  # type: ignore[union-attr]
+            _restrength(present.piece, piece, undo)
             return
         if present is not None:
             self._remove(name, undo)
@@ -127,9 +166,9 @@ class PatchSession:
         undo.append(put_back)
 
 
-def attach(module: nn.Module, piece: Branch | Shadow) -> Attached:
-    """Make a branch run after the module's forward, or put a shadow in its place."""
-    if isinstance(piece, Shadow):
+def attach(module: nn.Module, piece: Piece) -> Attached:
+    """Make a branch run after the module's forward, or put other parameters in place."""
+    if isinstance(piece, Shadow | Merged):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
     handle: RemovableHandle = module.register_forward_hook(_hook(piece), with_kwargs=True)
@@ -154,7 +193,38 @@ def _autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
-def _same_structure(present: Branch | Shadow, wanted: Branch | Shadow) -> bool:
+def _same_structure(present: Piece, wanted: Piece) -> bool:
     if isinstance(present, Shadow) or isinstance(wanted, Shadow):
         return False
     return present.structure() == wanted.structure()
+
+
+def _restrength(present: Piece, wanted: Piece, undo: Undo) -> None:
+    """Give what stands the strengths of another piece of equal structure."""
+    assert not isinstance(present, Shadow)
+    if isinstance(present, Merged) and isinstance(wanted, Merged) and present.equals(wanted):
+        return
+    state = dict(vars(present))
+
+    def restore() -> None:
+        vars(present).update(state)
+        if isinstance(present, Merged):
+            present.write()
+
+    undo.append(restore)
+    present.restrength(wanted)  # type: ignore[arg-type]
+
+
+def _shadows(piece: Piece) -> tuple[Shadow, ...]:
+    if isinstance(piece, Merged):
+        return piece.shadows
+    return (piece,) if isinstance(piece, Shadow) else ()
+
+
+def _run_back(undo: Undo) -> None:
+    """The steps, last first; one that fails does not keep the others from running."""
+    for step in reversed(undo):
+        try:
+            step()
+        except Exception:
+            logger.exception("taking a LoRA back failed at one layer, which stays without")

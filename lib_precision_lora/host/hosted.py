@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lib_precision_lora.adapters import (
@@ -18,7 +19,7 @@ from lib_precision_lora.adapters import (
     from_forge_patch,
     row_order,
 )
-from lib_precision_lora.branch import Compute, Patch, PatchError, PatchSession
+from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchSession
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
@@ -71,7 +72,7 @@ class HostedSession:
             problems += self._merge(theirs, merge)
         left_out = {problem.source for problem in problems}
         ours = [patch for patch in ours if patch.source not in left_out]
-        self._problems = [*problems, *self._apply(model, ours, arithmetic.compute)]
+        self._problems = [*problems, *self._apply(model, ours, arithmetic)]
         self._signature = signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
@@ -89,6 +90,15 @@ class HostedSession:
     def try_again(self) -> None:
         """Where something was left out, try it once more at the next occasion."""
         if self._problems:
+            self._signature = None
+
+    def release(self) -> None:
+        """The host takes the model off its device: the factors go too, until the next forward."""
+        self._session.release()
+
+    def unmerge(self) -> None:
+        """Let the host find its own parameters where it places them one by one; `follow` merges again."""
+        if self._session.clear_merged():
             self._signature = None
 
     @property
@@ -113,13 +123,16 @@ class HostedSession:
         self._theirs = _flat(theirs)
         return []
 
-    def _apply(self, model: nn.Module, patches: list[Patch], compute: Compute) -> list[PatchError]:
+    def _apply(self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
         one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
+        dense = _policy(model, arithmetic)
         while True:
             try:
-                self._session.apply_patches(patches, compute)
+                self._session.apply_patches(patches, arithmetic.compute, dense)
+                if self._session.merged:
+                    logger.info("%d layers are merged", len(self._session.merged))
                 return problems
             except PatchError as error:
                 source = error.source or _last_source(patches, error.parameter)
@@ -200,6 +213,11 @@ class HostedSession:
         if site.kind == "shadow" and not site.parameter.is_floating_point():
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
+
+
+def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
+    """A weight that is cast to bf16 in every forward would lose there what was merged into it."""
+    return "branch" if getattr(model, "computation_dtype", None) == torch.bfloat16 else arithmetic.dense
 
 
 def _target(name: str, offset: Any, function: Any) -> Target:

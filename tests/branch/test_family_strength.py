@@ -71,7 +71,7 @@ def held(session: PatchSession) -> dict[str, int]:
     tensors: dict[str, Tensor] = {}
     if operands.stack is not None:
         tensors |= {"down": operands.stack.down, "exponents": operands.stack.exponents}
-        tensors |= {f"up {number}": up for number, up in enumerate(operands.stack.ups)}
+        tensors |= {f"up {number}": up for number, up in enumerate(operands.stack.ups.values())}
     for phase in operands.phases:
         for row_range in phase.ranges:
             for number, step in enumerate(row_range.others):
