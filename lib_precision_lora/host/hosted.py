@@ -105,6 +105,10 @@ class HostedSession:
     def attached(self) -> tuple[str, ...]:
         return self._session.attached
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return self._session.merged
+
     def _merge(self, theirs: HostPatches, merge: Callable[[HostPatches], None]) -> list[PatchError]:
         """Have the host merge its part. Where it fails, it takes all of it out again, and every source of
         it is left out."""

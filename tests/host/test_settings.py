@@ -204,7 +204,7 @@ def test_a_change_of_the_dense_policy_acts_at_the_next_generation(host: Host, ch
         now = bases_of(checkpoint)
         changed = {name.removeprefix("clip_l.") for name in base if now[name][0] != base[name][0]}
         assert changed == (merged if choice == MERGE else set())
-        assert hooks_of(checkpoint.model) == (1 if choice == MERGE else 4)
+        assert branches(checkpoint.model) == (1 if choice == MERGE else 4)
     host.set_option(DENSE, MERGE)
     generate(host, prompt("a cat", *active))
     host.set_option(ENABLED, False)
