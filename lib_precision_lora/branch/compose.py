@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -110,6 +111,7 @@ def make_attachments(
     """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name."""
     attachments: dict[str, tuple[Site, Piece]] = {}
     elsewhere = shared(model) if dense != "branch" else ()
+    paths = _paths(weights)
     for name, (site, effective) in weights.items():
         path = name.rpartition(".")[0]
         if site.kind == "shadow":
@@ -122,10 +124,16 @@ def make_attachments(
             attachments[path] = site, branch
             if isinstance(branch, WeightBranch):
                 here = [weights[part] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
-                alone = not any(id(part.parameter) in elsewhere for part, _ in here)
-                if merges(dense, site, branch, alone):
+                twice = paths[site.module] > 1 or any(id(part.parameter) in elsewhere for part, _ in here)
+                if merges(dense, site, branch, not twice):
                     attachments[path] = site, make_merged(site.module, here, branch)
     return attachments
+
+
+def _paths(weights: Mapping[str, tuple[Site, EffectiveWeight]]) -> Counter[nn.Module]:
+    """How many of the patched paths lead to each module."""
+    places = {(site.module, name.rpartition(".")[0]) for name, (site, _) in weights.items()}
+    return Counter(module for module, _ in places)
 
 
 def _make_branch(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lib_precision_lora.branch.operands import placed
 from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.branch.shadow import Shadow, empty_parameter, move_values
 from lib_precision_lora.branch.sites import Site
+from lib_precision_lora.branch.undo import run_all
 from lib_precision_lora.storage import StoredWeight, stored_weight
 
 
@@ -62,8 +64,7 @@ class Merged:
             raise
 
     def detach(self) -> None:
-        for shadow in self.shadows:
-            shadow.detach(keep=False)
+        run_all([partial(shadow.detach, keep=False) for shadow in self.shadows])
 
     @property
     def stands(self) -> bool:

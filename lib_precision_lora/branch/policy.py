@@ -35,8 +35,8 @@ SMALL_LAYER = 256 * 256
 
 
 def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool) -> bool:
-    """Whether this module is merged. branch: what runs otherwise; alone: its parameters stand nowhere else
-    in the model, where they would be read unmerged."""
+    """Whether this module is merged. branch: what runs otherwise; alone: module and parameters stand at
+    one place of the model alone; at another they would be read unmerged, or be merged a second time."""
     if policy == "branch" or not alone or not _dense(site.module):
         return False
     if policy == "merge":

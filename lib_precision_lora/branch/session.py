@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +23,9 @@ from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
+from lib_precision_lora.branch.undo import Undo, run_all, run_back
 
 logger = logging.getLogger(__name__)
-
-Undo = list[Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,12 +42,13 @@ class PatchSession:
 
     `apply` is all or nothing. What stays the same from one set to the next stays attached: a change of
     strength exchanges a few numbers per layer. The session refers to the model weakly, and the model to
-    the session not at all.
+    the session not at all. When it is gone, so are the parameters that stood in for the host's.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._attached: dict[str, Attached] = {}
+        weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
         self._reordered = Reordered()
         self._memo = Memo()
 
@@ -79,22 +80,18 @@ class PatchSession:
             for name, (site, piece) in wanted.items():
                 self._put(name, site.module, piece, undo)
         except BaseException:
-            _run_back(undo)
+            run_back(undo)
             raise
         self._reordered.keep_only(patches)
         self._memo.keep_used()
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""
-        for name in list(self._attached):
-            self._attached.pop(name).detach()
+        _detach(self._attached, list(self._attached))
 
-    def clear_merged(self) -> bool:
-        """Take off what is merged, alone; whether there was any. The next `apply` merges it again."""
-        names = self.merged
-        for name in names:
-            self._attached.pop(name).detach()
-        return bool(names)
+    def clear_merged(self) -> None:
+        """Take off what is merged, alone; the next `apply` merges it again."""
+        _detach(self._attached, self.merged)
 
     def release(self) -> None:
         """Let go of all factors on devices; the next forward places them again. Merged layers stay."""
@@ -175,6 +172,25 @@ def attach(module: nn.Module, piece: Piece) -> Attached:
     return Attached(weakref.ref(module), piece, handle.remove)
 
 
+def _detach(attached: dict[str, Attached], names: Iterable[str]) -> None:
+    """Take these off, each; what is interrupted can be done again."""
+
+    def take_off(name: str) -> None:
+        try:
+            attached[name].detach()
+        except Exception:
+            del attached[name]
+            raise
+        del attached[name]
+
+    run_all([partial(take_off, name) for name in names])
+
+
+def _put_back_parameters(attached: dict[str, Attached]) -> None:
+    """What a session that nobody holds any more still owes its model."""
+    _detach(attached, [name for name, here in attached.items() if _shadows(here.piece)])
+
+
 def _hook(branch: Branch) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -219,12 +235,3 @@ def _shadows(piece: Piece) -> tuple[Shadow, ...]:
     if isinstance(piece, Merged):
         return piece.shadows
     return (piece,) if isinstance(piece, Shadow) else ()
-
-
-def _run_back(undo: Undo) -> None:
-    """The steps, last first; one that fails does not keep the others from running."""
-    for step in reversed(undo):
-        try:
-            step()
-        except Exception:
-            logger.exception("taking a LoRA back failed at one layer, which stays without")

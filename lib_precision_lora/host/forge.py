@@ -189,7 +189,12 @@ class ForgeBinding:
         def model_load(loaded: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> nn.Module:
             session = self._session_of(loaded)
             if session is not None and model_gpu_memory_when_using_cpu_swap >= 0:
-                session.unmerge()
+                try:
+                    session.unmerge()
+                except (
+                    Exception
+                ):  # every parameter is back; one that found no room on its device is moved now
+                    logger.exception("putting a merged layer's parameter back on its device failed")
             return host_load(loaded, model_gpu_memory_when_using_cpu_swap)
 
         return model_load

@@ -98,8 +98,9 @@ class HostedSession:
 
     def unmerge(self) -> None:
         """Let the host find its own parameters where it places them one by one; `follow` merges again."""
-        if self._session.clear_merged():
+        if self._session.merged:
             self._signature = None
+            self._session.clear_merged()
 
     @property
     def attached(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -150,6 +151,21 @@ def test_a_weight_that_stands_at_two_places_is_not_merged() -> None:
         session.apply(files_on(["linear.weight", "second.weight"]), dense="merge")
         assert session.merged == ("second",)
         assert model.linear.weight is model.other.weight
+
+
+def test_a_module_that_stands_at_two_places_is_not_merged_twice() -> None:
+    model = Mixed()
+    before = image_of(model)
+    model.other = model.linear
+    adapter = files_on(["linear.weight"])[0][1]["linear.weight"]
+    items = [("file", {"linear.weight": adapter, "other.weight": adapter}, 1.0)]
+    with PatchSession(model) as session:
+        session.apply(items, "fp32")
+        beside = outputs(model)
+        session.apply(items, "fp32", "merge")
+        assert session.merged == ()
+        assert torch.equal(outputs(model), beside)
+    assert image_of(model) == before
 
 
 class Fetched(nn.Parameter):
@@ -332,6 +348,46 @@ def is_called(name: str, former: Items, wanted: Items) -> bool:
     return {"park": not in_place, "_give_room": not in_place, "restrength": in_place}.get(name, True)
 
 
+def test_a_layer_that_finds_no_room_on_its_device_does_not_keep_the_others_from_coming_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Mixed()
+    before = image_of(model)
+    session = PatchSession(model)
+    session.apply(EVERYTHING, dense="merge")
+    monkeypatch.setattr(merged.Shadow, "detach", failing_after(merged.Shadow.detach, at=2))
+    with pytest.raises(InjectedError):
+        session.clear()
+    assert session.attached == ()
+    assert image_of(model) == before
+    assert hooks_of(model) == 0
+
+
+def failing_after(call: Callable[..., None], at: int) -> Callable[..., None]:
+    """The call; its `at`-th raises when it has done its work."""
+    count = 0
+
+    def run(*args: object, **kwargs: object) -> None:
+        nonlocal count
+        count += 1
+        call(*args, **kwargs)
+        if count == at:
+            raise InjectedError
+
+    return run
+
+
+def test_a_session_that_is_dropped_gives_the_parameters_back() -> None:
+    model = Mixed()
+    before = image_of(model)
+    session = PatchSession(model)
+    session.apply(EVERYTHING, dense="merge")
+    assert image_of(model) != before
+    del session
+    gc.collect()
+    assert image_of(model) == before
+
+
 def test_the_original_comes_back_as_the_host_has_cast_the_layer_meanwhile() -> None:
     model, alone = Mixed(), Mixed()
     original = model.linear.weight
@@ -491,8 +547,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def clear_merged(self) -> None:
-        had = bool(self.session.merged)
-        assert self.session.clear_merged() is had
+        self.session.clear_merged()
+        assert self.session.merged == ()
         if self.present is not None:
             self.session.apply(self.present[0], "fp32", self.present[1])
 
