@@ -152,15 +152,17 @@ class PatchSession:
         undo.append(lambda: self._attached.pop(name).detach())
 
     def _remove(self, name: str, undo: Undo) -> None:
-        gone = self._attached.pop(name)
-        gone.detach()
+        gone = self._attached[name]
 
         def put_back() -> None:
+            gone.detach()  # in case it was interrupted the first time
             module = gone.module()
             if module is not None:
                 self._attached[name] = attach(module, gone.piece)
 
         undo.append(put_back)
+        gone.detach()
+        del self._attached[name]
 
 
 def attach(module: nn.Module, piece: Piece) -> Attached:
