@@ -134,13 +134,13 @@ class Chain:
     def deviation(self, z: Tensor) -> Tensor:
         total = torch.zeros_like(z)
         for part in self.parts:
-            total = total + part.deviation(z + total)
+            total += part.deviation(z + total)
         return total
 
     def transposed(self, z: Tensor) -> Tensor:
         total = torch.zeros_like(z)
         for part in reversed(self.parts):
-            total = total + part.transposed(z + total)
+            total += part.transposed(z + total)
         return total
 
     def part(self, start: int, stop: int) -> Operator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,4 +23,8 @@ class Branch(Protocol):
 
     def release(self) -> None:
         """Let go of what was made for a device."""
+        ...
+
+    def placed(self) -> Iterator[Tensor]:
+        """Every tensor that was made for a device."""
         ...

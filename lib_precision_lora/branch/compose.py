@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.adapters import Adapter, AdapterError, row_order
+from lib_precision_lora.adapters.adapter import adapter_bytes
 from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.effective import EffectiveWeight
@@ -18,7 +20,7 @@ from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, make_merged
 from lib_precision_lora.branch.norm import NormBranch
 from lib_precision_lora.branch.operands import WeightBranch
-from lib_precision_lora.branch.patch import Patch, PatchError
+from lib_precision_lora.branch.patch import Patch, PatchError, PatchMemoryError
 from lib_precision_lora.branch.policy import DensePolicy, merges, shared
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow, make_shadow
@@ -73,11 +75,14 @@ def effective_weights(
     reordered: Reordered,
     shadows: Iterable[Shadow] = (),
     memo: Memo | None = None,
+    begin: type[EffectiveWeight] = EffectiveWeight,
 ) -> dict[str, tuple[Site, EffectiveWeight]]:
     """The effective weight of every parameter that a patch changes, by name.
 
-    shadows: those that stand in the model now; memo: what former stacks have read from the base.
-    Raises `PatchError`, naming file and layer, for a patch that does not fit.
+    shadows: those that stand in the model now; memo: what former stacks have read from the base; begin:
+    the kind of effective weight, real or a sketch.
+    Raises `PatchError`, naming file and layer, for a patch that does not fit, or for which there is no
+    memory.
     """
     weights: dict[str, tuple[Site, EffectiveWeight]] = {}
     for patch in patches:
@@ -89,7 +94,7 @@ def effective_weights(
                 site = find_site(model, name, shadows)
                 weights[name] = (
                     site,
-                    EffectiveWeight.identity(stored_weight(site.parameter, site.module), memo, name),
+                    begin.identity(stored_weight(site.parameter, site.module), memo, name),
                 )
             site, running = weights[name]
             rows = patch.target.rows[1] if patch.target.rows else running.stored.shape[0]
@@ -99,7 +104,20 @@ def effective_weights(
             weights[name] = site, running.apply(adapter, patch.strength, patch.target.rows)
         except (AdapterError, StorageError, AttributeError) as error:
             raise PatchError(f"{patch.source}: layer {name}: {error}", patch.source) from error
+        except torch.cuda.OutOfMemoryError as error:
+            raise out_of_memory(name, adapter_bytes(patch.adapter), error, patch.source) from error
     return weights
+
+
+def out_of_memory(name: str, size: int, error: Exception, source: str | None = None) -> PatchMemoryError:
+    """What is raised where a layer's patch of `size` bytes finds no memory."""
+    file = "" if source is None else f"{source}: "
+    return PatchMemoryError(
+        f"{file}layer {name}: no memory for its {size} bytes of factors ({error}); use fewer or smaller "
+        "LoRAs, a lower resolution, or close other programs that use the card",
+        source,
+        name,
+    )
 
 
 def make_attachments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -11,11 +12,12 @@ from lib_precision_lora.adapters.adapter import AdapterError
 from lib_precision_lora.adapters.operators import Chain, Diagonal, Operator, Uniform
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.chunks import WORKSPACE_BYTES, token_count
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import Product, SingleProduct
-from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
+from lib_precision_lora.branch.rows import add_rows
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -44,23 +46,45 @@ class ConvBranch(WeightBranch):
         """One sample, in place; x: [in, …], y: [out, …]."""
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
+        at_once = positions.shape[0] if operands.has_whole_terms else token_count(operands.token_bytes)
         for group in range(module.groups):
             given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
-            add_rows(operands, given, positions, module.bias, (group * height, (group + 1) * height))
+            window = (group * height, (group + 1) * height)
+            for start in range(0, positions.shape[0], at_once):
+                given.window = slice(start, start + at_once)
+                add_rows(operands, given, positions[given.window], module.bias, window)
 
 
 class ConvInput:
-    """One sample, [in, …], of which `channels` is the group at hand (`rows.BranchInput`)."""
+    """One sample, [in, …], of which `channels` is the group at hand (`rows.BranchInput`).
+
+    window: the positions that are asked for; what a convolution makes for all of them is made once.
+    """
 
     def __init__(self, module: Conv, operands: Operands, x: Tensor, channels: slice) -> None:
         self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
+        self.window = slice(None)
+        self._hidden: Tensor | None = None
+        self._base: dict[int, Tensor] = {}
 
     def hidden(self) -> Tensor | None:
-        stack, scale = self.operands.stack, self.operands.scale
-        if stack is None or scale is None:
+        if self._hidden is None:
+            self._hidden = self._whole_hidden()
+        return None if self._hidden is None else self._hidden[self.window]
+
+    def base(self, turns: Sequence[Turn]) -> Tensor:
+        if id(turns) not in self._base:
+            shift = self._turn(turns).to(self.sample.dtype)
+            self._base[id(turns)] = positions(self.module.forward(shift[None]))
+        y = self._base[id(turns)][self.window].to(torch.float32, copy=True)
+        return y if self.module.bias is None else y.sub_(self.module.bias.to(y))
+
+    def _whole_hidden(self) -> Tensor | None:
+        down, scale = self.operands.down, self.operands.scale
+        if down is None or scale is None:
             return None
-        down = stack.down.view(-1, self.x.shape[0], *self.module.kernel_size)
-        return positions(convolve(self.module, self.operands.product, self.x[None], down)) * scale
+        kernels = down.view(-1, self.x.shape[0], *self.module.kernel_size)
+        return positions(convolve(self.module, self.operands.product, self.x[None], kernels)).mul_(scale)
 
     def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
         weight = rows.to(self.x.device).view(-1, self.x.shape[0], *self.module.kernel_size)
@@ -75,11 +99,6 @@ class ConvInput:
         for factor in outer:
             inner = SingleProduct()(functional.linear, inner, factor, (-1,))
         return mix_left(term, inner)
-
-    def base(self, turns: Sequence[Turn]) -> Tensor:
-        shift = self._turn(turns).to(self.sample.dtype)
-        y = positions(self.module.forward(shift[None]).float())
-        return y if self.module.bias is None else y - self.module.bias.to(y)
 
     def _turn(self, turns: Sequence[Turn]) -> Tensor:
         by_channel = [(channelwise(operator, self.x.shape[0]), factor) for operator, factor in turns]

@@ -66,9 +66,13 @@ class EffectiveWeight:
             raise AdapterError(f"the strength is {strength}, it must be a finite number")
         adapter.check((length, *self.stored.shape[1:]))
         result = self
-        for step in adapter.compose(RunningRows(self, start, length), strength):
+        for step in adapter.compose(self.running(start, length), strength):
             result = result.then(dataclasses.replace(step, start=step.start + start, stop=step.stop + start))
         return result
+
+    def running(self, start: int, length: int) -> RunningRows:
+        """What an adapter for these rows sees of the weight."""
+        return RunningRows(self, start, length)
 
     def scaled(self, factor: float, rows: tuple[int, int] | None = None) -> EffectiveWeight:
         """`factor · W_eff`, on these rows: (start, length), all where None.

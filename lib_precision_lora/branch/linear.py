@@ -11,9 +11,10 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.chunks import token_count
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import SingleProduct
-from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
+from lib_precision_lora.branch.rows import add_rows
 
 
 class LinearBranch(WeightBranch):
@@ -24,9 +25,7 @@ class LinearBranch(WeightBranch):
         operands = self.operands(x)
         bias: Tensor | None = getattr(module, "bias", None)
         y = y.contiguous()
-        rank = 0 if operands.stack is None else operands.stack.down.shape[0]
-        tokens = max(1, WORKSPACE_BYTES // (4 * (2 * x.shape[-1] + 2 * y.shape[-1] + 3 * rank)))
-        for x_chunk, y_chunk in token_chunks(x, y, tokens):
+        for x_chunk, y_chunk in token_chunks(x, y, token_count(operands.token_bytes)):
             given = LinearInput(module, operands, x_chunk)
             add_rows(operands, given, y_chunk, bias, (0, y.shape[-1]))
         return y
@@ -39,10 +38,10 @@ class LinearInput:
         self.module, self.operands, self.x = module, operands, x
 
     def hidden(self) -> Tensor | None:
-        stack, scale = self.operands.stack, self.operands.scale
-        if stack is None or scale is None:
+        down, scale = self.operands.down, self.operands.scale
+        if down is None or scale is None:
             return None
-        return self.operands.product(linear, self.x, stack.down, (-1,)) * scale
+        return self.operands.product(linear, self.x, down, (-1,)).mul_(scale)
 
     def dense(self, rows: Tensor, turns: Sequence[Turn]) -> Tensor:
         return SingleProduct()(linear, turned(self.x.float(), turns), rows.to(self.x.device), (-1,))
@@ -56,7 +55,7 @@ class LinearInput:
     def base(self, turns: Sequence[Turn]) -> Tensor:
         y: Tensor = self.module.forward(turn(self.x.float(), turns).to(self.x.dtype)).float()
         bias = getattr(self.module, "bias", None)
-        return y if bias is None else y - bias.to(y)
+        return y if bias is None else y.sub_(bias.to(y))
 
 
 def mix_left(term: Kronecker, inner: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def turn(x: Tensor, turns: Sequence[Turn]) -> Tensor:
     """`N₁ N₂ … x − x` for turns (N₁, N₂, …), the last acting first; x: [..., columns] fp32."""
     total = torch.zeros_like(x)
     for operator, factor in reversed(turns):
-        total = total + factor * operator.deviation(x + total)
+        total.add_(operator.deviation(x + total), alpha=factor)
     return total
 
 

@@ -8,7 +8,7 @@ accelerator, and put back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,6 +65,10 @@ class Merged:
 
     def detach(self) -> None:
         run_all([partial(shadow.detach, keep=False) for shadow in self.shadows])
+
+    def placed(self) -> Iterator[Tensor]:
+        """Nothing beside the base: on a device, what is merged takes the place of the original."""
+        yield from ()
 
     @property
     def stands(self) -> bool:

@@ -5,13 +5,16 @@ norm(x; W + dW, b + db) = norm(x; W, b) + x̂ · dW + db        x̂ the normaliz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import token_chunks
-from lib_precision_lora.branch.rows import WORKSPACE_BYTES, accumulate
+from lib_precision_lora.branch.rows import accumulate
 from lib_precision_lora.branch.vector import DeltaVector
 
 
@@ -32,6 +35,11 @@ class NormBranch:
         for vector in (self.weight, self.bias):
             if vector is not None:
                 vector.release()
+
+    def placed(self) -> Iterator[Tensor]:
+        for vector in (self.weight, self.bias):
+            if vector is not None:
+                yield vector.placed
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + x̂ · dW + db`, in y's memory where it is contiguous."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank
+from lib_precision_lora.branch.chunks import operand_copies, token_bytes
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, low_rank
+from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
 
 
@@ -42,16 +45,24 @@ class Phase:
 class Operands:
     """The phases of one module on one device, for one arithmetic.
 
-    plain: nothing but additions, so that the base output stays where it is and is added to.
+    down: [total rank, columns] and scale: [total rank] fp32, of all low-rank additions; None without any.
+    plain: nothing but additions, so that the base output stays where it is and is added to; token_bytes:
+    what one token takes in the forward of a linear module.
     """
 
     product: Product
-    stack: Stack | None
+    down: Tensor | None
     scale: Tensor | None
     phases: tuple[Phase, ...]
     pieces: tuple[Piece, ...]
     bias: Tensor | None
     plain: bool
+    token_bytes: int
+
+    @property
+    def has_whole_terms(self) -> bool:
+        """Whether something is added that is not of low rank."""
+        return any(row_range.others for phase in self.phases for row_range in phase.ranges)
 
 
 class WeightBranch:
@@ -59,13 +70,19 @@ class WeightBranch:
 
     Makes `Operands` when an input first shows its device and type, and keeps the last ones. The strengths
     live outside of the stack, so that `restrength` leaves the factors where they are.
+
+    stream: None while the factors stay on the device; else what brings them there from RAM each time.
+    spare: the stream to take to where the device has no memory for them.
     """
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
-        self.rows = weight.stored.shape[0]
+        self.rows, self.columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
+        self.stream: FactorStream | None = None
+        self.spare: FactorStream | None = None
+        self._stack: Stack | None = None
         self._operands: Operands | None = None
         self._made_for: tuple[torch.device, bool] | None = None
 
@@ -82,22 +99,60 @@ class WeightBranch:
         """Take the strengths of a branch of equal structure; the factors stay where they are."""
         self.steps, self.pieces, self.bias = other.steps, other.pieces, other.bias
         if self._operands is not None and self._made_for is not None:
-            self._operands = self._assemble(self._operands.product, self._operands.stack, self._made_for[0])
+            self._operands = self._assemble(self._operands.product, self._made_for[0])
 
     def operands(self, x: Tensor) -> Operands:
         """The operands for this input: made at the first forward, then found."""
-        product = choose_product(self.compute, x.device, x.dtype)
-        made_for = (x.device, product.half)
+        made = self.ready(x.device, x.dtype)
+        return made if self.stream is None else self.stream.bring(self, made, x.device)
+
+    def ready(self, device: torch.device, dtype: torch.dtype) -> Operands:
+        """The operands for inputs on this device and of this type, where they stay: there, or in RAM.
+
+        Where the device has no memory for them, they stay in RAM from now on.
+        """
+        product = choose_product(self.compute, device, dtype)
+        made_for = (device, product.half)
         if self._operands is None or self._made_for != made_for:
-            self._operands = None
-            stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, x.device)
-            self._operands = self._assemble(product, stack, x.device)
+            self.release()
+            try:
+                self._operands = self._make(product, device)
+            except torch.cuda.OutOfMemoryError:
+                if self.spare is None or self.stream is not None:
+                    raise
+                self.stream = self.spare
+                self._operands = self._make(product, device)
             self._made_for = made_for
         return self._operands
 
+    def waiting_for(self, device: torch.device) -> Operands | None:
+        """The operands in RAM that were made for this device, if the branch is streamed."""
+        here = self.stream is not None and self._made_for is not None and self._made_for[0] == device
+        return self._operands if here else None
+
+    def reside(self, stream: FactorStream | None) -> None:
+        """Keep the factors on the device (None), or in RAM and have them streamed."""
+        if stream is not self.stream:
+            self.release()
+            self.stream = stream
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors as the files have them."""
+        tensors = {id(t): t for step in self.steps if isinstance(step, Add) for t in step.term.tensors()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def placed(self) -> Iterator[Tensor]:
+        """Every tensor that was made for a device, or for the way there."""
+        if self._stack is not None:
+            yield from self._stack.tensors()
+        found: list[Tensor] = []
+        map_tensors(self._operands, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        yield from found
+
     def release(self) -> None:
         """Let go of everything that was made for a device."""
-        self._operands = self._made_for = None
+        self._stack = self._operands = self._made_for = None
         if self.bias is not None:
             self.bias.release()
 
@@ -111,19 +166,36 @@ class WeightBranch:
         ]
         return [block for block in blocks if block]
 
-    def _assemble(self, product: Product, stack: Stack | None, device: torch.device) -> Operands:
-        scale = None
-        if stack is not None:
-            scale = column_scales(low_rank(self.steps)).to(device) * stack.exponents
+    def _make(self, product: Product, device: torch.device) -> Operands:
+        """Operands at home: on the device, or in RAM for it."""
+        home = device if self.stream is None else torch.device("cpu")
+        self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
+        return self._assemble(product, device)
+
+    def _assemble(self, product: Product, device: torch.device) -> Operands:
+        home = device if self.stream is None else torch.device("cpu")
+        down = scale = None
+        if self._stack is not None:
+            down = self._stack.down
+            scale = column_scales(low_rank(self.steps)).to(home) * self._stack.exponents
         turned = any(piece.turns for piece in self.pieces)
         pieces = tuple(
-            dataclasses.replace(piece, turns=tuple((op.to(device), f) for op, f in piece.turns))
+            dataclasses.replace(piece, turns=tuple((op.to(home), f) for op, f in piece.turns))
             for piece in self.pieces
         )
-        phases = tuple(_phases(self.steps, stack, self.rows, device))
+        phases = tuple(_phases(self.steps, self._stack, self.rows, home))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
-        bias = None if self.bias is None else self.bias.on(device)
-        return Operands(product, stack, scale, phases, pieces, bias, plain)
+        bias = None if self.bias is None else self.bias.on(home)
+        size = token_bytes(
+            self.columns,
+            self.rows,
+            0 if down is None else down.shape[0],
+            self.steps,
+            [turn for piece in self.pieces for turn in piece.turns],
+            operand_copies(product, device),
+        )
+        operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
+        return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
 
 
 def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:

@@ -26,6 +26,10 @@ class PatchError(AdapterError):
         self.parameter = parameter
 
 
+class PatchMemoryError(PatchError):
+    """A patch set for which there was no memory: layer and bytes are in the message."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
     """One adapter on one parameter, as part of a stack.

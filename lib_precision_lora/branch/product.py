@@ -50,7 +50,7 @@ class HalfProduct:
         small = (x / size).to(torch.float16)
         on_cpu = x.device.type == "cpu"
         result = op(small.float(), w.float()).to(torch.float16) if on_cpu else op(small, w)
-        return result.float() * size
+        return result.float().mul_(size)
 
 
 def choose_product(compute: Compute, device: torch.device, dtype: torch.dtype) -> Product:

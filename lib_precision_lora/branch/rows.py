@@ -17,10 +17,8 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
 from lib_precision_lora.branch.operands import Operands, RowRange
-
-WORKSPACE_BYTES = 32 * 2**20
-"""What the fp32 copies of one block of an activation may take together."""
 
 DENSE_BLOCK_BYTES = 8 * 2**20
 """Largest block of a dense remainder that is brought to fp32 at a time."""
@@ -62,7 +60,7 @@ def add_rows(
             for start, stop in _blocks(row_range, y.shape[0], window):
                 delta = _additions(operands, row_range, start, stop, hidden, given)
                 if operands.bias is not None:
-                    delta = delta + operands.bias[start:stop]
+                    delta += operands.bias[start:stop]
                 accumulate(y[:, start:stop], delta)
         return
     _add_turned(operands, given, hidden, y, bias, window)
@@ -77,10 +75,11 @@ def _add_turned(
     window: tuple[int, int],
 ) -> None:
     low, high = window
-    offset: Tensor | float = 0.0
+    z = y[:, low:high].to(torch.float32, copy=True)
+    offset: Tensor | None = None
     if bias is not None:
         offset = bias[low:high].to(device=y.device, dtype=torch.float32)
-    z = y[:, low:high].float() - offset
+        z -= offset
     for piece in operands.pieces:
         if piece.turns:
             z[:, piece.start : piece.stop] += given.base(piece.turns)[:, piece.start : piece.stop]
@@ -91,8 +90,8 @@ def _add_turned(
             for start, stop in _blocks(row_range, y.shape[0], window):
                 z[:, start - low : stop - low] += _additions(operands, row_range, start, stop, hidden, given)
     if operands.bias is not None:
-        offset = offset + operands.bias[low:high]
-    y[:, low:high].copy_(z + offset)
+        offset = operands.bias[low:high] if offset is None else offset + operands.bias[low:high]
+    y[:, low:high].copy_(z if offset is None else z.add_(offset))
 
 
 def _turn_outputs(left: Left, z: Tensor, window: tuple[int, int]) -> None:
@@ -103,7 +102,7 @@ def _turn_outputs(left: Left, z: Tensor, window: tuple[int, int]) -> None:
     whole = (start, stop) == (left.start, left.stop)
     operator = left.operator if whole else left.operator.part(start - left.start, stop - left.start)
     rows = slice(start - window[0], stop - window[0])
-    z[:, rows] += left.factor * operator.deviation(z[:, rows])
+    z[:, rows].add_(operator.deviation(z[:, rows]), alpha=left.factor)
 
 
 def accumulate(y: Tensor, delta: Tensor | float) -> None:
@@ -131,7 +130,8 @@ def _additions(
         up = row_range.up[start - row_range.start : stop - row_range.start]
         delta = operands.product(linear, hidden[:, row_range.columns], up, (-1,))
     for step in row_range.others:
-        delta = delta + _other(step, start, stop, given)
+        other = _other(step, start, stop, given)
+        delta = delta.add_(other) if isinstance(delta, Tensor) else other
     return delta
 
 
@@ -144,8 +144,8 @@ def _other(step: Add, start: int, stop: int, given: BranchInput) -> Tensor:
         numbers = torch.arange(first, last, device=step.term.tensors()[0].device)
         part = given.dense(step.term.rows(numbers, torch.float32), step.columns)
     if step.row_change is not None:
-        part = part * (1.0 + step.row_change[start - step.start : stop - step.start].to(part))
-    return step.scale * part
+        part *= 1.0 + step.row_change[start - step.start : stop - step.start].to(part)
+    return part.mul_(step.scale)
 
 
 def _blocks(row_range: RowRange, tokens: int, window: tuple[int, int]) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -15,14 +15,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_precision_lora.branch.branch import Branch
-from lib_precision_lora.branch.compose import Piece, Reordered, effective_weights, make_attachments
+from lib_precision_lora.branch.chunks import operand_copies
+from lib_precision_lora.branch.compose import (
+    Piece,
+    Reordered,
+    effective_weights,
+    make_attachments,
+    out_of_memory,
+)
+from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
+from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
 from lib_precision_lora.branch.policy import DensePolicy
-from lib_precision_lora.branch.product import Compute
+from lib_precision_lora.branch.product import Compute, choose_product
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
+from lib_precision_lora.branch.sketch import SketchedWeight
+from lib_precision_lora.branch.streaming import FactorStream
 from lib_precision_lora.branch.undo import Undo, run_all, run_back
 
 logger = logging.getLogger(__name__)
@@ -51,6 +62,7 @@ class PatchSession:
         weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
         self._reordered = Reordered()
         self._memo = Memo()
+        self._stream = FactorStream()
 
     def apply(
         self, items: Sequence[PatchItem], compute: Compute = "auto", dense: DensePolicy = "branch"
@@ -95,9 +107,59 @@ class PatchSession:
 
     def release(self) -> None:
         """Let go of all factors on devices; the next forward places them again. Merged layers stay."""
+        self._stream.forget()
         for attached in self._attached.values():
             if not isinstance(attached.piece, Shadow | Merged):
                 attached.piece.release()
+
+    def footprints(
+        self, patches: Sequence[Patch], compute: Compute, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Footprint]:
+        """What each module's branch would take on this device, for activations of this type, by name.
+
+        Nothing is placed, attached, or read from the base. Raises `PatchError` as `apply_patches` does.
+        """
+        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
+        model = self._living_model()
+        weights = effective_weights(model, patches, self._reordered, shadows, begin=SketchedWeight)
+        product = choose_product(compute, device, dtype)
+        return footprints(weights, product.half, operand_copies(product, device))
+
+    def place(
+        self, device: torch.device, dtype: torch.dtype, resident: Collection[str] | None = None
+    ) -> None:
+        """Bring the factors to where forwards on this device, with activations of this type, expect them.
+
+        resident: the modules whose factors stay on the device, all where None; the others' stay in RAM and
+        are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory; the device
+        then holds no factors at all.
+        """
+        for name, attached in self._attached.items():
+            piece = attached.piece
+            if not isinstance(piece, WeightBranch):
+                continue
+            piece.spare = self._stream
+            piece.reside(None if resident is None or name in resident else self._stream)
+            try:
+                piece.ready(device, dtype)
+            except torch.cuda.OutOfMemoryError as error:
+                self.release()
+                raise out_of_memory(name, piece.factor_bytes, error) from error
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The modules whose factors stay in RAM."""
+        pieces = ((name, attached.piece) for name, attached in self._attached.items())
+        return tuple(n for n, piece in pieces if isinstance(piece, WeightBranch) and piece.stream is not None)
+
+    def device_bytes(self, device: torch.device) -> int:
+        """Bytes of factors that stand on the device now."""
+        sizes: dict[int, int] = {}
+        for attached in self._attached.values():
+            for tensor in attached.piece.placed():
+                if tensor.device == device:
+                    sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(sizes.values())
 
     @property
     def merged(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ of shadows too. The host's object is kept, unwritten, and put back.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ class Shadow:
         module = self.module()
         if module is not None:
             module._parameters[self.attribute] = self.shadow
+
+    def placed(self) -> Iterator[Tensor]:
+        yield self.shadow
 
     def detach(self, keep: bool = True) -> None:
         """Put the original back, as the host would have moved and cast it in the meantime.

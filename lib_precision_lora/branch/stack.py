@@ -32,12 +32,10 @@ class Stack:
     columns: Mapping[UpBlock, slice | Tensor]
     ups: Mapping[UpBlock, Tensor]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in (self.down, self.exponents, *self.ups.values())
-        )
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the stack."""
+        columns = [numbers for numbers in self.columns.values() if isinstance(numbers, Tensor)]
+        return self.down, self.exponents, *self.ups.values(), *columns
 
 
 def low_rank(steps: Sequence[object]) -> list[Add]:

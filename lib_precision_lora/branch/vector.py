@@ -13,12 +13,12 @@ class DeltaVector:
 
     def __init__(self, effective: EffectiveWeight) -> None:
         self._delta = effective.delta(torch.float32).cpu()
-        self._placed = self._delta
+        self.placed = self._delta
 
     def on(self, device: torch.device) -> Tensor:
-        if self._placed.device != device:
-            self._placed = self._delta.to(device)
-        return self._placed
+        if self.placed.device != device:
+            self.placed = self._delta.to(device)
+        return self.placed
 
     def release(self) -> None:
-        self._placed = self._delta
+        self.placed = self._delta

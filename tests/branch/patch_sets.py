@@ -57,7 +57,7 @@ def snapshot(model: Mixed, session: PatchSession) -> dict[str, object]:
         "attached": set(session.attached),
         "pieces": {name: id(attached.piece) for name, attached in session._attached.items()},
         "stacks": {
-            name: id(attached.piece._operands.stack)
+            name: id(attached.piece._stack)
             for name, attached in session._attached.items()
             if getattr(attached.piece, "_operands", None) is not None
         },

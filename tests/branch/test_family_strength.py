@@ -67,11 +67,12 @@ def items(adapters: list[object], strengths: tuple[float, ...]) -> list[tuple[st
 
 def held(session: PatchSession) -> dict[str, int]:
     """Every tensor with factors that the branch multiplies with, by place."""
-    operands = session._attached["layer"].piece._operands
+    piece = session._attached["layer"].piece
+    operands, stack = piece._operands, piece._stack
     tensors: dict[str, Tensor] = {}
-    if operands.stack is not None:
-        tensors |= {"down": operands.stack.down, "exponents": operands.stack.exponents}
-        tensors |= {f"up {number}": up for number, up in enumerate(operands.stack.ups.values())}
+    if stack is not None:
+        tensors |= {"down": stack.down, "exponents": stack.exponents}
+        tensors |= {f"up {number}": up for number, up in enumerate(stack.ups.values())}
     for phase in operands.phases:
         for row_range in phase.ranges:
             for number, step in enumerate(row_range.others):

@@ -19,15 +19,14 @@ def pieces(session: PatchSession) -> dict[str, object]:
 
 def factors(session: PatchSession) -> dict[str, list[torch.Tensor]]:
     """The stacked factor tensors of every branch that has some."""
-    made = {name: getattr(piece, "_operands", None) for name, piece in pieces(session).items()}
-    stacked = {name: operands for name, operands in made.items() if operands and operands.stack}
+    stacked = {name: piece for name, piece in pieces(session).items() if getattr(piece, "_stack", None)}
     return {
         name: [
-            operands.stack.down,
-            operands.stack.exponents,
-            *(part.up for phase in operands.phases for part in phase.ranges if part.up is not None),
+            piece._stack.down,
+            piece._stack.exponents,
+            *(part.up for phase in piece._operands.phases for part in phase.ranges if part.up is not None),
         ]
-        for name, operands in stacked.items()
+        for name, piece in stacked.items()
     }
 
 

@@ -99,7 +99,7 @@ def stacks(model: nn.Module) -> list[torch.Tensor]:
     for module in model.modules():
         for hook in module._forward_hooks.values():
             for cell in hook.__closure__ or ():
-                operands = getattr(cell.cell_contents, "_operands", None)
-                if operands is not None and operands.stack is not None:
-                    found += [operands.stack.down, *operands.stack.ups.values()]
+                stack = getattr(cell.cell_contents, "_stack", None)
+                if stack is not None:
+                    found += [stack.down, *stack.ups.values()]
     return found

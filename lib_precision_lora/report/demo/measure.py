@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters import LoRA, adapter_bytes, read_adapters
 from lib_precision_lora.branch import Compute, PatchSession
-from lib_precision_lora.report.byte_meter import ByteMeter
+from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.report.demo.files import FORMATS, read_tensors
 from lib_precision_lora.report.demo.model import Linear, Transformer, build_model
 from lib_precision_lora.report.demo.result import Ours, Row, Stock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lib_precision_lora.report.byte_meter import ByteMeter
+from lib_precision_lora.memory.meter import ByteMeter
 
 KIBIBYTE = 1024
 
