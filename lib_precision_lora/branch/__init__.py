@@ -2,7 +2,17 @@
 
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.patch import Applied, Patch, PatchError, PatchMemoryError
+from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.session import PatchSession
 
-__all__ = ["Applied", "Compute", "EffectiveWeight", "Patch", "PatchError", "PatchMemoryError", "PatchSession"]
+__all__ = [
+    "Applied",
+    "Compute",
+    "DensePolicy",
+    "EffectiveWeight",
+    "Patch",
+    "PatchError",
+    "PatchMemoryError",
+    "PatchSession",
+]

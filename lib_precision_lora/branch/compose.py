@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,39 +11,24 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters import Adapter, AdapterError, row_order
 from lib_precision_lora.adapters.adapter import adapter_bytes
+from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.embedding import EmbeddingBranch
 from lib_precision_lora.branch.linear import LinearBranch
 from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.merged import Merged, make_merged
 from lib_precision_lora.branch.norm import NormBranch
+from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.patch import Patch, PatchError, PatchMemoryError
+from lib_precision_lora.branch.policy import DensePolicy, merges, shared
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow, make_shadow
 from lib_precision_lora.branch.sites import Site, find_site
 from lib_precision_lora.storage import StorageError, stored_weight
 
-
-class Branch(Protocol):
-    """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows."""
-
-    def __call__(self, module: Any, x: Tensor, y: Tensor) -> Tensor: ...
-
-    def structure(self) -> tuple[object, ...]:
-        """Equal for two branches that differ in strengths only."""
-        ...
-
-    def restrength(self, other: Any) -> None:
-        """Take the strengths of a branch of equal structure."""
-        ...
-
-    def release(self) -> None:
-        """Let go of what was made for a device."""
-        ...
-
-    def placed(self) -> Iterator[Tensor]:
-        """Every tensor that was made for a device."""
-        ...
+Piece = Branch | Shadow | Merged
+"""What stands at a module, or at a parameter."""
 
 
 class WeightBranchKind(Protocol):
@@ -135,10 +121,15 @@ def out_of_memory(name: str, size: int, error: Exception, source: str | None = N
 
 
 def make_attachments(
-    weights: Mapping[str, tuple[Site, EffectiveWeight]], compute: Compute
-) -> dict[str, tuple[Site, Branch | Shadow]]:
-    """One branch per module, over its weight and bias, or one shadow per parameter; by name."""
-    attachments: dict[str, tuple[Site, Branch | Shadow]] = {}
+    model: nn.Module,
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    compute: Compute,
+    dense: DensePolicy = "branch",
+) -> dict[str, tuple[Site, Piece]]:
+    """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name."""
+    attachments: dict[str, tuple[Site, Piece]] = {}
+    elsewhere = shared(model) if dense != "branch" else ()
+    paths = _paths(weights)
     for name, (site, effective) in weights.items():
         path = name.rpartition(".")[0]
         if site.kind == "shadow":
@@ -147,8 +138,20 @@ def make_attachments(
             except AdapterError as error:
                 raise PatchError(f"layer {name}: {error}", None, name) from error
         elif path not in attachments:
-            attachments[path] = site, _make_branch(site, path, weights, compute)
+            branch = _make_branch(site, path, weights, compute)
+            attachments[path] = site, branch
+            if isinstance(branch, WeightBranch):
+                here = [weights[part] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
+                twice = paths[site.module] > 1 or any(id(part.parameter) in elsewhere for part, _ in here)
+                if merges(dense, site, branch, not twice):
+                    attachments[path] = site, make_merged(site.module, here, branch)
     return attachments
+
+
+def _paths(weights: Mapping[str, tuple[Site, EffectiveWeight]]) -> Counter[nn.Module]:
+    """How many of the patched paths lead to each module."""
+    places = {(site.module, name.rpartition(".")[0]) for name, (site, _) in weights.items()}
+    return Counter(module for module, _ in places)
 
 
 def _make_branch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from lib_precision_lora.branch.chunks import operand_copies, token_bytes
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
-from lib_precision_lora.branch.stack import Stack, build_stack, column_scales, low_rank
+from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, low_rank
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
 
@@ -156,10 +156,20 @@ class WeightBranch:
         if self.bias is not None:
             self.bias.release()
 
+    def _up_blocks(self) -> list[UpBlock]:
+        """What the output side of the stack is cut into: one block per range of rows of each phase."""
+        numbers = _numbers(self.steps)
+        blocks = [
+            _up_block(additions, start, stop, numbers)
+            for _, additions in _grouped(self.steps)
+            for start, stop in _row_ranges(additions, self.rows)
+        ]
+        return [block for block in blocks if block]
+
     def _make(self, product: Product, device: torch.device) -> Operands:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
-        self._stack = build_stack(low_rank(self.steps), product.half, home)
+        self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
         return self._assemble(product, device)
 
     def _assemble(self, product: Product, device: torch.device) -> Operands:
@@ -192,7 +202,7 @@ class WeightBranch:
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
 
 
-def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device: torch.device) -> list[Phase]:
+def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:
     """The steps as phases: each begins with turns of outputs (the first may have none)."""
     groups: list[tuple[list[Left], list[Add]]] = [([], [])]
     for step in steps:
@@ -201,42 +211,70 @@ def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device:
             continue
         if groups[-1][1]:
             groups.append(([], []))
-        groups[-1][0].append(dataclasses.replace(step, operator=step.operator.to(device)))
-    numbers = {id(step): number for number, step in enumerate(low_rank(steps))}
+        groups[-1][0].append(step)
+    return groups
+
+
+def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device: torch.device) -> list[Phase]:
+    numbers = _numbers(steps)
     return [
-        Phase(tuple(lefts), tuple(_ranges(additions, stack, numbers, rows, device)))
-        for lefts, additions in groups
+        Phase(
+            tuple(dataclasses.replace(left, operator=left.operator.to(device)) for left in lefts),
+            tuple(_ranges(additions, stack, numbers, rows, device)),
+        )
+        for lefts, additions in _grouped(steps)
     ]
 
 
 def _ranges(
     additions: Sequence[Add],
     stack: Stack | None,
-    numbers: dict[int, int],
+    numbers: Mapping[int, int],
     rows: int,
     device: torch.device,
 ) -> list[RowRange]:
     """Disjoint row ranges that cover all rows, each with what is added there."""
-    edges = sorted({0, rows, *(step.start for step in additions), *(step.stop for step in additions)})
     ranges = []
-    for start, stop in pairwise(edges):
-        here = [step for step in additions if step.start <= start and stop <= step.stop]
-        stacked = [step for step in here if isinstance(step.term, LowRank)]
+    for start, stop in _row_ranges(additions, rows):
+        block = _up_block(additions, start, stop, numbers)
         columns, up = None, None
-        if stacked and stack is not None:
-            columns, up = stack.up(
-                [numbers[id(step)] for step in stacked],
-                [(start - step.start, stop - step.start) for step in stacked],
-            )
-        others = tuple(_placed(step, device) for step in here if not isinstance(step.term, LowRank))
+        if block and stack is not None:
+            columns, up = stack.columns[block], stack.ups[block]
+        others = tuple(
+            placed(step, device)
+            for step in additions
+            if step.start <= start and stop <= step.stop and not isinstance(step.term, LowRank)
+        )
         ranges.append(RowRange(start, stop, columns, up, others))
     return ranges
 
 
-def _placed(step: Add, device: torch.device) -> Add:
+def _row_ranges(additions: Sequence[Add], rows: int) -> list[tuple[int, int]]:
+    """All rows, cut where an addition begins or ends."""
+    edges = {0, rows, *(step.start for step in additions), *(step.stop for step in additions)}
+    return list(pairwise(sorted(edges)))
+
+
+def _up_block(additions: Sequence[Add], start: int, stop: int, numbers: Mapping[int, int]) -> UpBlock:
+    """The low-rank additions to these rows."""
+    return tuple(
+        (numbers[id(step)], start - step.start, stop - step.start)
+        for step in additions
+        if step.start <= start and stop <= step.stop and isinstance(step.term, LowRank)
+    )
+
+
+def _numbers(steps: Sequence[Add | Left]) -> Mapping[int, int]:
+    """The place of each low-rank addition in the stack."""
+    return {id(step): number for number, step in enumerate(low_rank(steps))}
+
+
+def placed(step: Add, device: torch.device) -> Add:
     """The addition with its factors on the device; a dense remainder stays where it is and is streamed."""
     term = step.term
-    if isinstance(term, Kronecker):
+    if isinstance(term, LowRank):
+        term = LowRank(term.up.to(device), term.down.to(device))
+    elif isinstance(term, Kronecker):
         term = Kronecker(term.left.to(device), tuple(factor.to(device) for factor in term.right))
     elif isinstance(term, Hadamard):
         term = Hadamard(*(factor.to(device) for factor in term.tensors()))

@@ -50,6 +50,15 @@ class Reader:
             ]
         )
 
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """W_eff as (rows, columns, values), each value once."""
+        if not self._mixing:
+            for low, high in self._row_blocks(0, self.rows):
+                yield slice(low, high), slice(0, self.width), self._rows(low, high)
+            return
+        for columns in self._column_blocks():
+            yield slice(0, self.rows), columns, self._some_columns(columns)
+
     def row_squares(self, start: int, stop: int) -> Tensor:
         """`Σⱼ W_eff[i, j]²` of rows [start, stop), fp64 on the CPU."""
         if not self._mixing:

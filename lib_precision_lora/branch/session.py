@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.chunks import operand_copies
 from lib_precision_lora.branch.compose import (
-    Branch,
+    Piece,
     Reordered,
     effective_weights,
     make_attachments,
@@ -22,14 +25,18 @@ from lib_precision_lora.branch.compose import (
 )
 from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
+from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute, choose_product
 from lib_precision_lora.branch.shadow import Shadow
+from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
+from lib_precision_lora.branch.undo import Undo, run_all, run_back
 
-Undo = list[Callable[[], None]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +44,7 @@ class Attached:
     """What stands at one module, or one shadowed parameter, and how to take it off."""
 
     module: weakref.ref[nn.Module]
-    piece: Branch | Shadow
+    piece: Piece
     detach: Callable[[], None]
 
 
@@ -46,54 +53,63 @@ class PatchSession:
 
     `apply` is all or nothing. What stays the same from one set to the next stays attached: a change of
     strength exchanges a few numbers per layer. The session refers to the model weakly, and the model to
-    the session not at all.
+    the session not at all. When it is gone, so are the parameters that stood in for the host's.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._attached: dict[str, Attached] = {}
+        weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
         self._reordered = Reordered()
         self._memo = Memo()
         self._stream = FactorStream()
 
-    def apply(self, items: Sequence[PatchItem], compute: Compute = "auto") -> Applied:
+    def apply(
+        self, items: Sequence[PatchItem], compute: Compute = "auto", dense: DensePolicy = "branch"
+    ) -> Applied:
         """Attach these files, each `(name, adapters, strength)`, in this order, instead of the former set.
 
+        dense: whether dense fp16 and fp32 layers are merged instead; `policy.py` has the rule.
         Raises `PatchError` (file, layer and numbers) and leaves everything as it was.
         """
         patches, applied = resolve(self._living_model(), items)
-        self.apply_patches(patches, compute)
+        self.apply_patches(patches, compute, dense)
         return applied
 
-    def apply_patches(self, patches: Sequence[Patch], compute: Compute = "auto") -> None:
+    def apply_patches(
+        self, patches: Sequence[Patch], compute: Compute = "auto", dense: DensePolicy = "branch"
+    ) -> None:
         """`apply`, for patches whose parameters are resolved already."""
-        shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
-        weights = effective_weights(self._living_model(), patches, self._reordered, shadows, self._memo)
-        wanted = make_attachments(weights, compute)
         undo: Undo = []
         before = dict(self._attached)
         try:
-            for name in [name for name in before if name not in wanted]:
+            for name, here in before.items():
+                if isinstance(here.piece, Merged) and not here.piece.stands:
+                    self._remove(name, undo)
+            wanted = self._wanted(patches, compute, dense)
+            for name in [name for name in self._attached if name not in wanted]:
                 self._remove(name, undo)
             for name, (site, piece) in wanted.items():
                 self._put(name, site.module, piece, undo)
         except BaseException:
-            for step in reversed(undo):
-                step()
+            run_back(undo)
             raise
         self._reordered.keep_only(patches)
         self._memo.keep_used()
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""
-        for name in list(self._attached):
-            self._attached.pop(name).detach()
+        _detach(self._attached, list(self._attached))
+
+    def clear_merged(self) -> None:
+        """Take off what is merged, alone; the next `apply` merges it again."""
+        _detach(self._attached, self.merged)
 
     def release(self) -> None:
-        """Let go of all device memory; the next forward places the factors again."""
+        """Let go of all factors on devices; the next forward places them again. Merged layers stay."""
         self._stream.forget()
         for attached in self._attached.values():
-            if not isinstance(attached.piece, Shadow):
+            if not isinstance(attached.piece, Shadow | Merged):
                 attached.piece.release()
 
     def footprints(
@@ -103,7 +119,7 @@ class PatchSession:
 
         Nothing is placed, attached, or read from the base. Raises `PatchError` as `apply_patches` does.
         """
-        shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
+        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
         weights = effective_weights(model, patches, self._reordered, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
@@ -149,6 +165,11 @@ class PatchSession:
         return sum(sizes.values())
 
     @property
+    def merged(self) -> tuple[str, ...]:
+        """The modules that are merged, as opposed to run beside."""
+        return tuple(name for name, here in self._attached.items() if isinstance(here.piece, Merged))
+
+    @property
     def attached(self) -> tuple[str, ...]:
         """The modules and shadowed parameters at which something stands now."""
         return tuple(self._attached)
@@ -167,13 +188,28 @@ class PatchSession:
             raise ReferenceError("the model of this session is gone")
         return model
 
-    def _put(self, name: str, module: nn.Module, piece: Branch | Shadow, undo: Undo) -> None:
+    def _wanted(
+        self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy
+    ) -> dict[str, tuple[Site, Piece]]:
+        """What should stand where. The effective weights, which hold the memory of the base, end here."""
+        model = self._living_model()
+        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
+        weights = effective_weights(model, patches, self._reordered, shadows, self._memo)
+        return make_attachments(model, weights, compute, dense)
+
+    def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         """Bring one place from what stands there to `piece`, and say how to undo it."""
+        try:
+            self._place(name, module, piece, undo)
+        except NotRepresentable:
+            assert isinstance(piece, Merged)
+            logger.info("%s runs beside its weight: merged, it would leave its type's range", name)
+            self._place(name, module, piece.branch, undo)
+
+    def _place(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         present = self._attached.get(name)
         if present is not None and present.module() is module and _same_structure(present.piece, piece):
-            state = dict(vars(present.piece))
-            undo.append(lambda: vars(present.piece).update(state))
-            present.piece.restrength(piece)  # type: ignore[union-attr]
+            _restrength(present.piece, piece, undo)
             return
         if present is not None:
             self._remove(name, undo)
@@ -181,24 +217,45 @@ class PatchSession:
         undo.append(lambda: self._attached.pop(name).detach())
 
     def _remove(self, name: str, undo: Undo) -> None:
-        gone = self._attached.pop(name)
-        gone.detach()
+        gone = self._attached[name]
 
         def put_back() -> None:
+            gone.detach()  # in case it was interrupted the first time
             module = gone.module()
             if module is not None:
                 self._attached[name] = attach(module, gone.piece)
 
         undo.append(put_back)
+        gone.detach()
+        del self._attached[name]
 
 
-def attach(module: nn.Module, piece: Branch | Shadow) -> Attached:
-    """Make a branch run after the module's forward, or put a shadow in its place."""
-    if isinstance(piece, Shadow):
+def attach(module: nn.Module, piece: Piece) -> Attached:
+    """Make a branch run after the module's forward, or put other parameters in place."""
+    if isinstance(piece, Shadow | Merged):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
     handle: RemovableHandle = module.register_forward_hook(_hook(piece), with_kwargs=True)
     return Attached(weakref.ref(module), piece, handle.remove)
+
+
+def _detach(attached: dict[str, Attached], names: Iterable[str]) -> None:
+    """Take these off, each; what is interrupted can be done again."""
+
+    def take_off(name: str) -> None:
+        try:
+            attached[name].detach()
+        except Exception:
+            del attached[name]
+            raise
+        del attached[name]
+
+    run_all([partial(take_off, name) for name in names])
+
+
+def _put_back_parameters(attached: dict[str, Attached]) -> None:
+    """What a session that nobody holds any more still owes its model."""
+    _detach(attached, [name for name, here in attached.items() if _shadows(here.piece)])
 
 
 def _hook(branch: Branch) -> Callable[..., Tensor]:
@@ -219,7 +276,29 @@ def _autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
-def _same_structure(present: Branch | Shadow, wanted: Branch | Shadow) -> bool:
+def _same_structure(present: Piece, wanted: Piece) -> bool:
     if isinstance(present, Shadow) or isinstance(wanted, Shadow):
         return False
     return present.structure() == wanted.structure()
+
+
+def _restrength(present: Piece, wanted: Piece, undo: Undo) -> None:
+    """Give what stands the strengths of another piece of equal structure."""
+    assert not isinstance(present, Shadow)
+    if isinstance(present, Merged) and isinstance(wanted, Merged) and present.equals(wanted):
+        return
+    state = dict(vars(present))
+
+    def restore() -> None:
+        vars(present).update(state)
+        if isinstance(present, Merged):
+            present.write()
+
+    undo.append(restore)
+    present.restrength(wanted)  # type: ignore[arg-type]
+
+
+def _shadows(piece: Piece) -> tuple[Shadow, ...]:
+    if isinstance(piece, Merged):
+        return piece.shadows
+    return (piece,) if isinstance(piece, Shadow) else ()

@@ -5,8 +5,8 @@ hidden = x · downᵀ · diag(scale)            y[:, rows] += hidden[:, columns]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,47 +15,27 @@ from lib_precision_lora.adapters.steps import Add
 from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.factors import BalancedFactors, HalfFactors, balanced_factors, half_factors
 
+UpBlock = tuple[tuple[int, int, int], ...]
+"""What adds to one range of rows: per addition its number in the stack, and its rows [start, stop)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The stacked factors of one module on one device.
+    """The stacked factors of one module on one device, each held once.
 
     down: [total rank, columns]; exponents: [total rank] fp32, the powers of two that were moved out of the
-    factors; ups: per low-rank addition, [rows, rank]; offsets: its first column in the stack.
+    factors; columns: of each block, its part of the stack; ups: [rows, rank of the block].
     """
 
     down: Tensor
     exponents: Tensor
-    ups: tuple[Tensor, ...]
-    offsets: tuple[int, ...]
-    _joined: dict[tuple[object, ...], tuple[slice | Tensor, Tensor]] = field(default_factory=dict)
+    columns: Mapping[UpBlock, slice | Tensor]
+    ups: Mapping[UpBlock, Tensor]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of the stack."""
-        return self.down, self.exponents, *self.ups, *(up for _, up in self._joined.values())
-
-    def up(self, indices: Sequence[int], rows: Sequence[tuple[int, int]]) -> tuple[slice | Tensor, Tensor]:
-        """The columns and the joined up factor of some additions: rows [start, stop) of each of them.
-
-        Joined once: a change of strength asks for the same again.
-        """
-        key = tuple(indices), tuple(rows)
-        if key not in self._joined:
-            self._joined[key] = self._join(indices, rows)
-        return self._joined[key]
-
-    def _join(self, indices: Sequence[int], rows: Sequence[tuple[int, int]]) -> tuple[slice | Tensor, Tensor]:
-        parts = [self.ups[index][start:stop] for index, (start, stop) in zip(indices, rows, strict=True)]
-        up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        ranks = [self.ups[index].shape[1] for index in indices]
-        if list(indices) == list(range(indices[0], indices[0] + len(indices))):
-            first = self.offsets[indices[0]]
-            return slice(first, first + sum(ranks)), up
-        numbers = [
-            torch.arange(self.offsets[index], self.offsets[index] + rank, device=up.device)
-            for index, rank in zip(indices, ranks, strict=True)
-        ]
-        return torch.cat(numbers), up
+        columns = [numbers for numbers in self.columns.values() if isinstance(numbers, Tensor)]
+        return self.down, self.exponents, *self.ups.values(), *columns
 
 
 def low_rank(steps: Sequence[object]) -> list[Add]:
@@ -68,8 +48,13 @@ def column_scales(additions: Sequence[Add]) -> Tensor:
     return torch.cat([torch.full((_rank(step),), step.scale, dtype=torch.float32) for step in additions])
 
 
-def build_stack(additions: Sequence[Add], half: bool, device: torch.device) -> Stack | None:
-    """The stack of these additions, in fp16 (`half`) or in the files' own precision; None without any."""
+def build_stack(
+    additions: Sequence[Add], blocks: Iterable[UpBlock], half: bool, device: torch.device
+) -> Stack | None:
+    """The stack of these additions, in fp16 (`half`) or in the files' own precision; None without any.
+
+    blocks: what its output side is multiplied by; together, each row of each addition once.
+    """
     if not additions:
         return None
     factors: list[HalfFactors | BalancedFactors] = []
@@ -77,14 +62,32 @@ def build_stack(additions: Sequence[Add], half: bool, device: torch.device) -> S
         up, down = _turned_factors(step)
         factors.append(half_factors(up, down, len(additions)) if half else balanced_factors(up, down))
     offsets = [0]
-    for step in additions[:-1]:
+    for step in additions:
         offsets.append(offsets[-1] + _rank(step))
-    downs = [part.down.to(device) for part in factors]
+    columns, ups = {}, {}
+    for block in blocks:
+        columns[block] = _columns([number for number, _, _ in block], offsets, device)
+        ups[block] = _joined([factors[number].up[start:stop] for number, start, stop in block], 1, device)
     return Stack(
-        torch.cat(downs) if len(downs) > 1 else downs[0],
+        _joined([part.down for part in factors], 0, device),
         torch.cat([part.scale.to(device) for part in factors]),
-        tuple(part.up.contiguous().to(device) for part in factors),
-        tuple(offsets),
+        columns,
+        ups,
+    )
+
+
+def _joined(parts: Sequence[Tensor], axis: int, device: torch.device) -> Tensor:
+    """The parts on the device, side by side; a single one that lies there already is not copied."""
+    placed = [part.to(device) for part in parts]
+    return torch.cat(placed, axis) if len(placed) > 1 else placed[0].contiguous()
+
+
+def _columns(numbers: Sequence[int], offsets: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Where these additions lie in the stack."""
+    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+        return slice(offsets[numbers[0]], offsets[numbers[-1] + 1])
+    return torch.cat(
+        [torch.arange(offsets[number], offsets[number + 1], device=device) for number in numbers]
     )
 
 

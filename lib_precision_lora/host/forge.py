@@ -1,11 +1,13 @@
 """Forge: which of its functions are swapped, and for what.
 
-LoraLoader.refresh      attach branches instead of merging, for every patcher of a model
-load_models_gpu         plan the memory and tell the host first; attach where it believes that nothing changed
-free_memory             no request above the card's size
-sampling_prepare        how large the image is, for the plan
-networks.load_networks  read files, report what cannot be applied, keep one patcher per checkpoint
-cached_params           text conditioning is cached by our settings and file versions as well
+LoraLoader.refresh        attach branches instead of merging, for every patcher of a model
+load_models_gpu           plan the memory and tell the host first; attach where it believes nothing changed
+free_memory               no request above the card's size
+LoadedModel.model_load    where layers are placed one by one, let the host find its own parameters there
+LoadedModel.model_unload  take the factors off the device with the model
+sampling_prepare          how large the image is, for the plan
+networks.load_networks    read files, report what cannot be applied, keep one patcher per checkpoint
+cached_params             text conditioning is cached by our settings and file versions as well
 """
 
 from __future__ import annotations
@@ -51,6 +53,12 @@ REQUIREMENTS = (
         "load_models_gpu",
         ("models", "memory_required", "hard_memory_preservation"),
     ),
+    Requirement(
+        "backend.memory_management",
+        "LoadedModel.model_load",
+        ("self", "model_gpu_memory_when_using_cpu_swap"),
+    ),
+    Requirement("backend.memory_management", "LoadedModel.model_unload", ("self", "avoid_model_moving")),
     Requirement("backend.memory_management", "unload_model_clones", ("model",)),
     Requirement("backend.memory_management", "current_loaded_models"),
     Requirement("backend.memory_management", "free_memory", ("memory_required", "device", "keep_loaded")),
@@ -112,6 +120,8 @@ class ForgeBinding:
             Replacement(memory_management, "free_memory", self.memory.guard),
             Replacement(sd_samplers_kdiffusion, "sampling_prepare", self._make_sampling_prepare),
             Replacement(sd_samplers_timesteps, "sampling_prepare", self._make_sampling_prepare),
+            Replacement(memory_management.LoadedModel, "model_load", self._make_model_load),
+            Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
         ]
@@ -225,6 +235,32 @@ class ForgeBinding:
                 self.memory.positions = None
 
         return sampling_prepare
+
+    def _make_model_load(self, host_load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def model_load(loaded: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> nn.Module:
+            session = self._session_of(loaded)
+            if session is not None and model_gpu_memory_when_using_cpu_swap >= 0:
+                try:
+                    session.unmerge()
+                except Exception:  # all are back; one that found no room on its device is moved now
+                    logger.exception("putting a merged layer's parameter back on its device failed")
+            return host_load(loaded, model_gpu_memory_when_using_cpu_swap)
+
+        return model_load
+
+    def _make_model_unload(self, host_unload: Callable[..., None]) -> Callable[..., None]:
+        def model_unload(loaded: Any, avoid_model_moving: bool = False) -> None:
+            session = self._session_of(loaded)
+            if session is not None and not avoid_model_moving:
+                session.release()
+            host_unload(loaded, avoid_model_moving)
+
+        return model_unload
+
+    def _session_of(self, loaded: Any) -> HostedSession | None:
+        """The session of a model that the host loads or unloads."""
+        model = getattr(loaded.model, "model", None)
+        return self._sessions.get(model) if isinstance(model, nn.Module) else None
 
     def _make_load_networks(self, host_load: Callable[..., None]) -> Callable[..., None]:
         def load_networks(

@@ -19,7 +19,7 @@ from lib_precision_lora.adapters import (
     from_forge_patch,
     row_order,
 )
-from lib_precision_lora.branch import Compute, Patch, PatchError, PatchSession
+from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchSession
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
@@ -74,7 +74,7 @@ class HostedSession:
             problems += self._merge(theirs, merge)
         left_out = {problem.source for problem in problems}
         ours = [patch for patch in ours if patch.source not in left_out]
-        self._problems = [*problems, *self._apply(model, ours, arithmetic.compute)]
+        self._problems = [*problems, *self._apply(model, ours, arithmetic)]
         self._signature = signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
@@ -118,9 +118,23 @@ class HostedSession:
         if self._problems:
             self._signature = None
 
+    def release(self) -> None:
+        """The host takes the model off its device: the factors go too, until the next forward."""
+        self._session.release()
+
+    def unmerge(self) -> None:
+        """Let the host find its own parameters where it places them one by one; `follow` merges again."""
+        if self._session.merged:
+            self._signature = None
+            self._session.clear_merged()
+
     @property
     def attached(self) -> tuple[str, ...]:
         return self._session.attached
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return self._session.merged
 
     def _merge(self, theirs: HostPatches, merge: Callable[[HostPatches], None]) -> list[PatchError]:
         """Have the host merge its part. Where it fails, it takes all of it out again, and every source of
@@ -140,16 +154,19 @@ class HostedSession:
         self._theirs = _flat(theirs)
         return []
 
-    def _apply(self, model: nn.Module, patches: list[Patch], compute: Compute) -> list[PatchError]:
+    def _apply(self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
         one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
+        dense = _policy(model, arithmetic)
         while True:
             try:
-                self._session.apply_patches(patches, compute)
+                self._session.apply_patches(patches, arithmetic.compute, dense)
+                if self._session.merged:
+                    logger.info("%d layers are merged", len(self._session.merged))
                 return problems
             except PatchError as error:
-                source = error.source or _lastsource_of(patches, error.parameter)
+                source = error.source or _last_source(patches, error.parameter)
                 message = str(error) if error.source is not None else f"{source or 'all of them'}: {error}"
                 # a new error: the raised one's traceback would keep the model alive
                 problems.append(PatchError(message, source))
@@ -229,6 +246,11 @@ class HostedSession:
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
 
 
+def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
+    """A weight that is cast to bf16 in every forward would lose there what was merged into it."""
+    return "branch" if getattr(model, "computation_dtype", None) == torch.bfloat16 else arithmetic.dense
+
+
 def _target(name: str, offset: Any, function: Any) -> Target:
     return Target.parse(name if offset is None and function is None else (name, offset, function))
 
@@ -247,7 +269,7 @@ def _take_out_unreadable(theirs: dict[Any, Mapping[str, Sequence[Sequence[Any]]]
     return problems
 
 
-def _lastsource_of(patches: Sequence[Patch], place: str | None) -> str | None:
+def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
     """The last source that patches this parameter, or one of this module; None where there is none."""
     here = [
         patch.source

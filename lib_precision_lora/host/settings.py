@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lib_precision_lora.branch import Compute
+from lib_precision_lora.branch import Compute, DensePolicy
 from lib_precision_lora.ui.settings import (
     AS_STOCK,
+    AUTOMATIC,
+    BESIDE,
     CACHE,
     COMPUTE,
+    DENSE,
     DORA_NORM,
     ENABLED,
     MARGIN,
+    MERGE,
     ON_FAILURE,
     OPTIONS,
     PLACEMENT,
@@ -23,14 +27,16 @@ from lib_precision_lora.ui.settings import (
 )
 
 _COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+_DENSE: Mapping[str, DensePolicy] = {AUTOMATIC: "auto", BESIDE: "branch", MERGE: "merge"}
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What decides the numbers of a branch: the compute mode, and whose norm a DoRA has."""
+    """What decides the numbers: the compute mode, whose norm a DoRA has, and which layers are merged."""
 
     compute: Compute = "auto"
     stock_dora_norm: bool = False
+    dense: DensePolicy = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ def read_settings(opts: Any) -> Settings:
         arithmetic=Arithmetic(
             _COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
+            dense=_DENSE.get(str(getattr(opts, DENSE, "")), default.arithmetic.dense),
         ),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
         margin_bytes=_megabytes(getattr(opts, MARGIN, None), default.margin_bytes),

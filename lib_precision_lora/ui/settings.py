@@ -14,9 +14,11 @@ DORA_NORM = "precision_lora_dora_norm"
 PLACEMENT = "precision_lora_placement"
 MARGIN = "precision_lora_margin"
 CACHE = "precision_lora_cache"
-AUTOMATIC, STREAMED = "Automatic", "Always streamed from RAM"
+STREAMED = "Always streamed from RAM"
+DENSE = "precision_lora_dense"
 CONTINUE, STOP = "Continue without it", "Stop the generation"
 AS_TRAINED, AS_STOCK = "As it was trained", "As stock Forge does"
+AUTOMATIC, BESIDE, MERGE = "Automatic", "Always beside the weights", "Merge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,16 @@ OPTIONS = (
         "precision everywhere, slower",
         "Radio",
         {"choices": ["Automatic", "fp16", "fp32"]},
+    ),
+    Option(
+        DENSE,
+        AUTOMATIC,
+        "Full-precision checkpoints",
+        "merged fp16 and fp32 layers are faster per step and slower to change, and round once; Automatic "
+        "merges only large layers whose LoRAs cost more than a quarter of the layer; all others, and all of "
+        "bf16, FP8, NF4 and GGUF, are always computed beside; what was merged is put back as it was",
+        "Radio",
+        {"choices": [AUTOMATIC, BESIDE, MERGE]},
     ),
     Option(
         DORA_NORM,

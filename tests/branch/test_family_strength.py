@@ -72,7 +72,7 @@ def held(session: PatchSession) -> dict[str, int]:
     tensors: dict[str, Tensor] = {}
     if stack is not None:
         tensors |= {"down": stack.down, "exponents": stack.exponents}
-        tensors |= {f"up {number}": up for number, up in enumerate(stack.ups)}
+        tensors |= {f"up {number}": up for number, up in enumerate(stack.ups.values())}
     for phase in operands.phases:
         for row_range in phase.ranges:
             for number, step in enumerate(row_range.others):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -122,6 +123,28 @@ def test_a_large_activation_is_added_to_in_place_in_bounded_memory(kind: str, co
         assert holder(x) is base
     assert meter.operations > 3
     assert 0 < meter.peak <= 64 * MIB
+
+
+@pytest.mark.parametrize("compute", ["fp16", "fp32"])
+def test_each_factor_is_held_once_however_many_files_share_a_layer(compute: Compute) -> None:
+    """Two files on all rows, one on a part of them, in fp16 or in the files' own types."""
+    out, columns, ranks = 256, 512, (16, 8, 16)
+    patches = [
+        recipe("lora-rank-16-bf16", (out, columns)).patch("layer.weight")[0],
+        recipe("lora-rank-8-fp16", (128, columns)).patch("layer.weight", 1.0, (64, 128))[0],
+        recipe("lora-rank-16-bf16", (out, columns), 1).patch("layer.weight")[0],
+    ]
+    holder, session = session_on(nn.Linear(columns, out), compute, *patches)
+    meter = metered(lambda: holder(torch.ones(4, columns)))
+    gc.collect()
+    size = 2 if compute == "fp16" else 4
+    numbers = sum(ranks) * columns + (16 + 16) * out + 8 * 128
+    assert numbers * 2 <= meter.alive <= numbers * size + 4096
+    session.apply_patches([dataclasses.replace(patch, strength=0.5) for patch in patches], compute)
+    again = metered(lambda: holder(torch.ones(4, columns)))
+    gc.collect()
+    assert again.alive <= 1024
+    assert meter.alive <= numbers * size + 4096
 
 
 def test_nothing_of_a_forward_stays_but_the_stacked_factors() -> None:

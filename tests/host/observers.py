@@ -22,6 +22,8 @@ def swapped(host: Host) -> dict[str, Any]:
     return {
         "refresh": host.lora.LoraLoader.refresh,
         "load_models_gpu": host.memory.load_models_gpu,
+        "model_load": host.memory.LoadedModel.model_load,
+        "model_unload": host.memory.LoadedModel.model_unload,
         "load_networks": host.networks.load_networks,
         "cached_params": host.processing.StableDiffusionProcessing.cached_params,
     }
@@ -97,7 +99,7 @@ def stacks(model: nn.Module) -> list[torch.Tensor]:
     for module in model.modules():
         for hook in module._forward_hooks.values():
             for cell in hook.__closure__ or ():
-                operands = getattr(cell.cell_contents, "_operands", None)
-                if operands is not None and operands.stack is not None:
-                    found += [operands.stack.down, *operands.stack.ups]
+                stack = getattr(cell.cell_contents, "_stack", None)
+                if stack is not None:
+                    found += [stack.down, *stack.ups.values()]
     return found

@@ -110,6 +110,8 @@ def test_a_wrapper_around_ours_stays_and_passes_through(bare_host: Host) -> None
     owners: dict[str, Any] = {
         "refresh": host.lora.LoraLoader,
         "load_models_gpu": host.memory,
+        "model_load": host.memory.LoadedModel,
+        "model_unload": host.memory.LoadedModel,
         "load_networks": host.networks,
         "cached_params": host.processing.StableDiffusionProcessing,
     }
@@ -122,6 +124,7 @@ def test_a_wrapper_around_ours_stays_and_passes_through(bare_host: Host) -> None
         uninstall()
         assert all(swapped(host)[name] is theirs[name] for name in theirs)
         assert_stock(host, theirs)
+        host.memory.unload_all_models()
         assert set(calls) == set(theirs)
         assert install(), "entering again is possible around their wrappers"
         uninstall()
@@ -153,6 +156,8 @@ def vars_of(host: Host) -> dict[str, Any]:
     return {
         "refresh": getattr(getattr(host.lora, "LoraLoader", None), "refresh", None),
         "load_models_gpu": getattr(host.memory, "load_models_gpu", None),
+        "model_load": getattr(getattr(host.memory, "LoadedModel", None), "model_load", None),
+        "model_unload": getattr(getattr(host.memory, "LoadedModel", None), "model_unload", None),
         "load_networks": getattr(host.networks, "load_networks", None),
         "cached_params": getattr(cls, "cached_params", None),
     }

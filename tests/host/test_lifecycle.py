@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 )
 
 from lib_precision_lora.branch import session
-from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host import binding, install, uninstall
 from lib_precision_lora.host.settings import register_settings
-from lib_precision_lora.ui.settings import COMPUTE, ENABLED
+from lib_precision_lora.ui.settings import AUTOMATIC, BESIDE, COMPUTE, DENSE, ENABLED, MERGE
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import DAMAGE
 from tests.host.generation import Image, distance, generate, load_checkpoint
@@ -68,6 +68,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.files: dict[str, LoraFile] = dict(GOOD)
         DAMAGE[BAD[0]][0](self.host, "bad")
         self.enabled, self.compute, self.installed, self.seed = True, "Automatic", True, 0
+        self.dense = AUTOMATIC
         self.theirs: tuple[str, float] | None = None
         assert install()
         self.checkpoint = load_checkpoint(self.host, lambda: Checkpoint(self.host))
@@ -89,10 +90,15 @@ class Lifecycle(RuleBasedStateMachine):
 
     @invariant()
     def the_base_is_untouched_while_ours(self) -> None:
-        """But for what the host has merged: that it takes out when it loads the model next."""
+        """But for what the host has merged, which it takes out when it loads the model next, and for what
+        we have, which we take out when we leave, or follow another setting."""
         backups = self.checkpoint.model.lora_loader.backup, self.checkpoint.encoder.lora_loader.backup
-        if self.ours and not any(backups):
+        if self.ours and not any(backups) and not self.merged:
             self.same_objects()
+
+    @property
+    def merged(self) -> bool:
+        return any(session.merged for session in binding.active().sessions().values())
 
     def same_objects(self) -> None:
         assert bases_of(self.checkpoint) == self.base
@@ -119,7 +125,8 @@ class Lifecycle(RuleBasedStateMachine):
             self.check(values, one)
         told = {name for name in ("bad", "nobody") for one in passes for lora in one if lora[0] == name}
         assert len(image.comments) == len(told), image.comments
-        if self.ours and not self.theirs and not any(lora[0] == "odd" for one in passes for lora in one):
+        kept = self.ours and not self.theirs and self.dense != MERGE
+        if kept and not any(lora[0] == "odd" for one in passes for lora in one):
             assert bases_of(self.checkpoint)[THEIRS] == self.base[THEIRS]
         if not self.ours:
             assert hooks_of(self.checkpoint.model) == hooks_of(self.checkpoint.encoder) == 0
@@ -184,6 +191,11 @@ class Lifecycle(RuleBasedStateMachine):
     def compute_mode(self, mode: str) -> None:
         self.compute = mode
         self.host.set_option(COMPUTE, mode)
+
+    @rule(choice=st.sampled_from([AUTOMATIC, BESIDE, MERGE, MERGE]))
+    def dense_policy(self, choice: str) -> None:
+        self.dense = choice
+        self.host.set_option(DENSE, choice)
 
     @rule()
     def unload(self) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lib_precision_lora.host import binding, uninstall
-from lib_precision_lora.ui.settings import ENABLED
+from lib_precision_lora.ui.settings import DENSE, ENABLED, MERGE
 from tests.host.checkpoints import PICTURE, Checkpoint
 from tests.host.damage import cats_and_dogs
 from tests.host.generation import distance, generate, load_checkpoint
 from tests.host.loras import Active, exact_output, prompt
-from tests.host.observers import bases_of, branches, count_loads, hooks_of
+from tests.host.observers import bases_of, branches, count_loads, hooks_of, stacks
 from tests.host.webui import Host
 
 EXACT = 1e-5
@@ -112,6 +112,60 @@ def test_a_model_that_is_unloaded_in_between_is_right_again(
     active = [Active(cats)] if "lora" in prompt_after else []
     image = generate(host, prompt_after)
     assert distance(image, exact_output(checkpoint, "a cat", active)) < EXACT
+
+
+def test_factors_leave_the_device_with_the_model(host: Host, checkpoint: Checkpoint) -> None:
+    cats, dogs = cats_and_dogs(host)
+    active = [Active(cats, 0.5), Active(dogs, -0.25)]
+    exact = exact_output(checkpoint, "a cat", active)
+    for _ in range(2):
+        assert distance(generate(host, prompt("a cat", *active)), exact) < EXACT
+        factors = [weakref.ref(factor) for factor in stacks(checkpoint.model)]
+        assert factors
+        host.memory.unload_all_models()
+        assert stacks(checkpoint.model) == stacks(checkpoint.encoder) == []
+        assert [factor() for factor in factors] == [None] * len(factors)
+        assert branches(checkpoint.model) > 0, "the branches themselves stay"
+
+
+def test_factors_stay_where_the_model_stays(host: Host, checkpoint: Checkpoint) -> None:
+    """Another patcher of the same model takes over: the host forgets the former without moving anything."""
+    cats, _ = cats_and_dogs(host)
+    generate(host, prompt("a cat", Active(cats)))
+    before = stacks(checkpoint.model)
+    host.memory.unload_model_clones(checkpoint.forge_objects.unet)
+    after = stacks(checkpoint.model)
+    assert before
+    assert all(mine is its for mine, its in zip(before, after, strict=True))
+
+
+def test_a_host_that_places_layers_one_by_one_finds_its_own_parameters(
+    host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In low-memory mode it makes new parameters of what it finds, which would then be its base."""
+    cats, _ = cats_and_dogs(host)
+    base = bases_of(checkpoint)
+    host.set_option(DENSE, MERGE)
+    active = [Active(cats)]
+    exact = exact_output(checkpoint, "a cat", active)
+    generate(host, prompt("a cat", *active))
+    patcher, found = checkpoint.forge_objects.unet, []
+    place = patcher.forge_patch_model
+
+    def placing(*args: Any, **kwargs: Any) -> Any:
+        found.append({name: image for name, image in bases_of(checkpoint).items() if name in ours})
+        return place(*args, **kwargs)
+
+    ours = {name for name, _ in checkpoint.model.named_parameters()}
+    monkeypatch.setattr(patcher, "forge_patch_model", placing)
+    loaded = host.memory.LoadedModel(patcher)
+    for swapped_bytes in (10**9, -1):
+        with torch.inference_mode():
+            loaded.model_load(swapped_bytes)
+        assert distance(generate(host, prompt("a cat", *active)), exact) < EXACT
+        assert bases_of(checkpoint) != base
+    assert found[0] == {name: image for name, image in base.items() if name in ours}
+    assert found[1] != found[0], "moved as a whole, merged layers stay"
 
 
 def test_a_second_pass_with_other_loras(host: Host, checkpoint: Checkpoint) -> None:

@@ -6,18 +6,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lib_precision_lora.host.settings import Arithmetic, Settings, read_settings
 from lib_precision_lora.ui.settings import (
     AS_STOCK,
     AS_TRAINED,
     AUTOMATIC,
+    BESIDE,
     CACHE,
     COMPUTE,
     CONTINUE,
+    DENSE,
     DORA_NORM,
     ENABLED,
     MARGIN,
+    MERGE,
     ON_FAILURE,
     OPTIONS,
     PLACEMENT,
@@ -26,7 +30,7 @@ from lib_precision_lora.ui.settings import (
 )
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import distance, generate, load_checkpoint
-from tests.host.loras import Active, exact_output, make_lora, prompt, values, with_loha
+from tests.host.loras import LAYERS, Active, exact_output, make_lora, prompt, values, with_loha
 from tests.host.observers import bases_of, branches, hooks_of
 from tests.host.webui import Host
 
@@ -151,10 +155,12 @@ def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Check
 def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert SECTION == ("precision_lora", "Precision LoRA")
     options = {option.key: option for option in OPTIONS}
-    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, PLACEMENT, MARGIN, CACHE]
+    assert list(options) == [ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT, MARGIN, CACHE]
     assert all(key.startswith("precision_lora_") for key in options)
     assert options[ENABLED].default is True
     assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
+    assert options[DENSE].default == AUTOMATIC
+    assert options[DENSE].component_args["choices"] == [AUTOMATIC, BESIDE, MERGE]
     assert options[DORA_NORM].default == options[DORA_NORM].component_args["choices"][0] == AS_TRAINED
     assert options[ON_FAILURE].default == CONTINUE
     assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
@@ -173,7 +179,9 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
 
 def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
     options = host.shared.opts
-    assert read_settings(options) == Settings() == Settings(True, Arithmetic("auto", False), "continue")
+    assert (
+        read_settings(options) == Settings() == Settings(True, Arithmetic("auto", False, "auto"), "continue")
+    )
     for option in OPTIONS:
         assert options.data_labels[option.key].section == SECTION
         assert option.info in options.data_labels[option.key].comment_after
@@ -181,7 +189,7 @@ def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
 
 @pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, PLACEMENT):
+    for key in (ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
 
@@ -194,7 +202,55 @@ def test_a_nonsense_count_of_megabytes_reads_as_the_default(nonsense: Any) -> No
 
 def test_values_read_as_what_they_say() -> None:
     options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP})
-    assert read_settings(options) == Settings(False, Arithmetic("fp32", True), "stop")
+    assert read_settings(options) == Settings(False, Arithmetic("fp32", True, "auto"), "stop")
+    for choice, policy in ((AUTOMATIC, "auto"), (BESIDE, "branch"), (MERGE, "merge")):
+        assert read_settings(SimpleNamespace(**{DENSE: choice})).arithmetic.dense == policy
+
+
+def test_a_change_of_the_dense_policy_acts_at_the_next_generation(host: Host, checkpoint: Checkpoint) -> None:
+    """fp32 layers are merged, the FP8 one and what is read around its layer are as ever."""
+    base = bases_of(checkpoint)
+    lora = make_lora("cats")
+    lora.write(host)
+    active = [Active(lora)]
+    exact = exact_output(checkpoint, "a cat", active)
+    merged = {f"{name}.weight" for name in LAYERS if name != "diffusion_model.low"}
+    merged = {name.removeprefix("clip_l.") for name in merged}
+    for choice in (MERGE, BESIDE, MERGE, MERGE, AUTOMATIC):
+        host.set_option(DENSE, choice)
+        assert distance(generate(host, prompt("a cat", *active)), exact) < EXACT, choice
+        now = bases_of(checkpoint)
+        changed = {name.removeprefix("clip_l.") for name in base if now[name][0] != base[name][0]}
+        assert changed == (merged if choice == MERGE else set())
+        assert branches(checkpoint.model) == (1 if choice == MERGE else 4)
+    host.set_option(DENSE, MERGE)
+    generate(host, prompt("a cat", *active))
+    host.set_option(ENABLED, False)
+    generate(host, "a cat")
+    assert bases_of(checkpoint) == base
+
+
+def test_another_strength_reaches_merged_layers(host: Host, checkpoint: Checkpoint) -> None:
+    lora = make_lora("cats")
+    lora.write(host)
+    host.set_option(DENSE, MERGE)
+    for strength in (1.0, 0.25, -0.5, 1.0):
+        active = [Active(lora, strength)]
+        image = generate(host, prompt("a cat", *active))
+        assert distance(image, exact_output(checkpoint, "a cat", active)) < EXACT
+    assert distance(generate(host, "a cat"), exact_output(checkpoint, "a cat")) < EXACT
+
+
+def test_what_is_computed_in_bf16_is_not_merged(host: Host, checkpoint: Checkpoint) -> None:
+    base = bases_of(checkpoint)
+    checkpoint.model.computation_dtype = torch.bfloat16
+    lora = make_lora("cats", modules=["diffusion_model.blocks.1.mlp"])
+    lora.write(host)
+    host.set_option(DENSE, MERGE)
+    active = [Active(lora)]
+    image = generate(host, prompt("a cat", *active))
+    assert distance(image, exact_output(checkpoint, "a cat", active)) < EXACT
+    assert bases_of(checkpoint) == base
 
 
 def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpoint) -> None:

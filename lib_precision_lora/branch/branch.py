@@ -1,0 +1,30 @@
+"""What every branch offers, whatever it runs beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Branch(Protocol):
+    """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows."""
+
+    def __call__(self, module: Any, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def structure(self) -> tuple[object, ...]:
+        """Equal for two branches that differ in strengths only."""
+        ...
+
+    def restrength(self, other: Any) -> None:
+        """Take the strengths of a branch of equal structure."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what was made for a device."""
+        ...
+
+    def placed(self) -> Iterator[Tensor]:
+        """Every tensor that was made for a device."""
+        ...
