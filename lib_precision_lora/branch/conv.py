@@ -12,7 +12,7 @@ from lib_precision_lora.adapters.operators import Chain, Diagonal, Operator, Uni
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.linear import mix_left, turn
+from lib_precision_lora.branch.linear import enlargement, mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import Product, SingleProduct
 from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
@@ -77,9 +77,10 @@ class ConvInput:
         return mix_left(term, inner)
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
-        shift = self._turn(turns).to(self.sample.dtype)
-        y = positions(self.module.forward(shift[None]).float())
-        return y if self.module.bias is None else y - self.module.bias.to(y)
+        shift = self._turn(turns)
+        size = enlargement(self.x, shift, tuple(range(shift.ndim)))
+        y = positions(self.module.forward((shift * size).to(self.sample.dtype)[None]).float())
+        return (y if self.module.bias is None else y - self.module.bias.to(y)) / size.flatten()
 
     def _turn(self, turns: Sequence[Turn]) -> Tensor:
         by_channel = [(channelwise(operator, self.x.shape[0]), factor) for operator, factor in turns]
