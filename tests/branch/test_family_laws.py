@@ -25,7 +25,7 @@ SHAPE = (16, 64)
 
 STRENGTHS = (1.0, 0.7, -0.5, 2.0)
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 1e-3}
-KERNELS = [(3, 3), (1, 1), (5,), (2, 3, 2)]
+KERNELS = {"3x3": (3, 3), "1x1": (1, 1), "5": (5,), "2x3x2": (2, 3, 2)}
 
 
 def base_matrix(shape: tuple[int, ...], seed: int = 7) -> Tensor:
@@ -133,8 +133,8 @@ def test_a_wide_layer_errs_at_most_one_and_a_half_times_as_one_rounding(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_on_a_convolution_is_the_float64_merge(name: str, kernel: tuple[int, ...]) -> None:
-    shape = (16, 8, *kernel)
+def test_every_family_on_a_convolution_is_the_float64_merge(name: str, kernel: str) -> None:
+    shape = (16, 8, *KERNELS[kernel])
     base, made = base_matrix(shape), family(name, shape)
     identity = EffectiveWeight.identity(stored_weight(nn.Parameter(base, requires_grad=False)))
     for strength in STRENGTHS:
@@ -238,25 +238,33 @@ VECTORS = ("ia3-out", "ia3-peft-out", *ROTATIONS, "diff")
 """What has a meaning on a norm's weight or a bias: what acts on the outputs, and whole tensors."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_norm_and_a_bias_take_what_acts_on_outputs_and_refuse_the_rest(name: str) -> None:
-    norm, layer = RMSNorm(16), nn.Linear(8, 16).requires_grad_(False)
-    model = nn.ModuleDict({"norm": norm.requires_grad_(False), "layer": layer})
-    norm.scale.copy_(1.0 + base_matrix((16,), 1))
-    layer.bias.copy_(base_matrix((16,), 2))
-    x, normal = torch.randn(5, 16, generator=torch.manual_seed(3)), torch.zeros(5, 8)
-    made = family(name, (16,) if name in VECTORS else SHAPE)
-    items = [("file", {"norm.scale": made.adapter, "layer.bias": made.adapter}, 0.7)]
+def norm_and_layer() -> nn.ModuleDict:
+    model = nn.ModuleDict({"norm": RMSNorm(16), "layer": nn.Linear(8, 16)}).requires_grad_(False)
+    model["norm"].scale.copy_(1.0 + base_matrix((16,), 1))
+    model["layer"].bias.copy_(base_matrix((16,), 2))
+    return model
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_norm_and_a_bias_take_what_acts_on_outputs(name: str) -> None:
+    model, made = norm_and_layer(), family(name, (16,))
+    norm, layer = model["norm"], model["layer"]
+    x = torch.randn(5, 16, generator=torch.manual_seed(3))
+    exact = norm(x.double()) / norm.scale.double() * made.change(norm.scale.double(), 0.7)
+    shifted = made.change(layer.bias.double(), 0.7).expand(5, 16)
     with torch.no_grad(), PatchSession(model) as session:
-        if name not in VECTORS:
-            with pytest.raises(PatchError, match=r"the layer|on a vector"):
-                session.apply(items)
-            return
-        exact = norm(x.double()) / norm.scale.double() * made.change(norm.scale.double(), 0.7)
-        shifted = made.change(layer.bias.double(), 0.7).expand(5, 16)
-        session.apply(items)
+        session.apply([("file", {"norm.scale": made.adapter, "layer.bias": made.adapter}, 0.7)])
         assert float((norm(x).double() - exact).norm() / exact.norm()) <= 1e-6
-        assert float((layer(normal).double() - shifted).norm() / shifted.norm()) <= 1e-6
+        assert float((layer(torch.zeros(5, 8)).double() - shifted).norm() / shifted.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("parameter", ["norm.scale", "layer.bias"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in VECTORS])
+def test_a_norm_and_a_bias_refuse_what_is_made_for_a_matrix(name: str, parameter: str) -> None:
+    model = norm_and_layer()
+    session = PatchSession(model)
+    with pytest.raises(PatchError, match=rf"layer {parameter}: .*(the layer|on a vector)"):
+        session.apply([("file", {parameter: family(name, SHAPE).adapter}, 0.7)])
 
 
 def test_the_shared_bases_have_the_bytes_that_they_were_made_with() -> None:
