@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
-from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank
+from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
+from lib_precision_lora.branch.placement import Placement
 from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.stack import Stack, build_stack, column_scales, low_rank
 from lib_precision_lora.branch.vector import DeltaVector
@@ -68,6 +69,7 @@ class WeightBranch:
         self.bias = None if bias is None else DeltaVector(bias)
         self._operands: Operands | None = None
         self._made_for: tuple[torch.device, bool] | None = None
+        self._placement: Placement | None = None
 
     def structure(self) -> tuple[object, ...]:
         """Equal for two branches that differ in strengths only."""
@@ -81,8 +83,8 @@ class WeightBranch:
     def restrength(self, other: WeightBranch) -> None:
         """Take the strengths of a branch of equal structure; the factors stay where they are."""
         self.steps, self.pieces, self.bias = other.steps, other.pieces, other.bias
-        if self._operands is not None and self._made_for is not None:
-            self._operands = self._assemble(self._operands.product, self._operands.stack, self._made_for[0])
+        if self._operands is not None and self._placement is not None:
+            self._operands = self._assemble(self._operands.product, self._operands.stack, self._placement)
 
     def operands(self, x: Tensor) -> Operands:
         """The operands for this input: made at the first forward, then found."""
@@ -91,32 +93,32 @@ class WeightBranch:
         if self._operands is None or self._made_for != made_for:
             self._operands = None
             stack = build_stack(low_rank(self.steps), product.half, x.device)
-            self._operands = self._assemble(product, stack, x.device)
+            self._placement = Placement(x.device)
+            self._operands = self._assemble(product, stack, self._placement)
             self._made_for = made_for
         return self._operands
 
     def release(self) -> None:
         """Let go of everything that was made for a device."""
-        self._operands = self._made_for = None
+        self._operands = self._made_for = self._placement = None
         if self.bias is not None:
             self.bias.release()
 
-    def _assemble(self, product: Product, stack: Stack | None, device: torch.device) -> Operands:
+    def _assemble(self, product: Product, stack: Stack | None, placement: Placement) -> Operands:
         scale = None
         if stack is not None:
-            scale = column_scales(low_rank(self.steps)).to(device) * stack.exponents
+            scale = column_scales(low_rank(self.steps)).to(placement.device) * stack.exponents
         turned = any(piece.turns for piece in self.pieces)
         pieces = tuple(
-            dataclasses.replace(piece, turns=tuple((op.to(device), f) for op, f in piece.turns))
-            for piece in self.pieces
+            dataclasses.replace(piece, turns=placement.turns(piece.turns)) for piece in self.pieces
         )
-        phases = tuple(_phases(self.steps, stack, self.rows, device))
+        phases = tuple(_phases(self.steps, stack, self.rows, placement))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
-        bias = None if self.bias is None else self.bias.on(device)
+        bias = None if self.bias is None else self.bias.on(placement.device)
         return Operands(product, stack, scale, phases, pieces, bias, plain)
 
 
-def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device: torch.device) -> list[Phase]:
+def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, placement: Placement) -> list[Phase]:
     """The steps as phases: each begins with turns of outputs (the first may have none)."""
     groups: list[tuple[list[Left], list[Add]]] = [([], [])]
     for step in steps:
@@ -125,10 +127,10 @@ def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device:
             continue
         if groups[-1][1]:
             groups.append(([], []))
-        groups[-1][0].append(dataclasses.replace(step, operator=step.operator.to(device)))
+        groups[-1][0].append(dataclasses.replace(step, operator=placement.operator(step.operator)))
     numbers = {id(step): number for number, step in enumerate(low_rank(steps))}
     return [
-        Phase(tuple(lefts), tuple(_ranges(additions, stack, numbers, rows, device)))
+        Phase(tuple(lefts), tuple(_ranges(additions, stack, numbers, rows, placement)))
         for lefts, additions in groups
     ]
 
@@ -138,7 +140,7 @@ def _ranges(
     stack: Stack | None,
     numbers: dict[int, int],
     rows: int,
-    device: torch.device,
+    placement: Placement,
 ) -> list[RowRange]:
     """Disjoint row ranges that cover all rows, each with what is added there."""
     edges = sorted({0, rows, *(step.start for step in additions), *(step.stop for step in additions)})
@@ -152,21 +154,6 @@ def _ranges(
                 [numbers[id(step)] for step in stacked],
                 [(start - step.start, stop - step.start) for step in stacked],
             )
-        others = tuple(_placed(step, device) for step in here if not isinstance(step.term, LowRank))
+        others = tuple(placement.addition(step) for step in here if not isinstance(step.term, LowRank))
         ranges.append(RowRange(start, stop, columns, up, others))
     return ranges
-
-
-def _placed(step: Add, device: torch.device) -> Add:
-    """The addition with its factors on the device; a dense remainder stays where it is and is streamed."""
-    term = step.term
-    if isinstance(term, Kronecker):
-        term = Kronecker(term.left.to(device), tuple(factor.to(device) for factor in term.right))
-    elif isinstance(term, Hadamard):
-        term = Hadamard(*(factor.to(device) for factor in term.tensors()))
-    return dataclasses.replace(
-        step,
-        term=term,
-        row_change=None if step.row_change is None else step.row_change.to(device),
-        columns=tuple((operator.to(device), factor) for operator, factor in step.columns),
-    )

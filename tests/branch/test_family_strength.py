@@ -155,3 +155,19 @@ def test_what_a_convolution_spreads_over_its_kernel_is_forgotten_with_the_sessio
     del session
     gc.collect()
     assert len(adapter._spread) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_change_of_strength_copies_nothing_to_the_device_again(name: str) -> None:
+    """On `meta`, a device apart from the factors: every copy to it is a new tensor."""
+    model, adapter = Model(), family(name, SHAPE).adapter
+    with PatchSession(model) as session:
+        session.apply(items([adapter], (1.0,)))
+        branch = session._attached["layer"].piece
+        before = branch.operands(model.x.to("meta"))
+        factors = held(session)
+        session.apply(items([adapter], (0.5,)))
+        after = branch.operands(model.x.to("meta"))
+        assert session._attached["layer"].piece is branch
+        assert after is not before
+        assert held(session) == factors
