@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {f".{role}.weight": (role, "LyCORIS") 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GLoRA:
-    """inner, outer: a1 [in, r], a2 [r, in]; up, down: b1 [out, r], b2 [r, in · kernel]."""
+    """inner, outer: a1 [in, r], a2 [r, in]; up, down: b1 [out, r], b2 [r, in · kernel].
+
+    _spread: a2 at each position of the kernel, for each size of kernel, as long as anyone holds it: a
+    change of strength meets the same tensor again.
+    """
 
     inner: Tensor
     outer: Tensor
@@ -36,6 +41,9 @@ class GLoRA:
     down: Tensor
     scale: float
     kind: str = "glora"
+    _spread: WeakValueDictionary[int, Tensor] = field(
+        default_factory=WeakValueDictionary, init=False, repr=False
+    )
 
     @property
     def rank(self) -> int:
@@ -58,16 +66,27 @@ class GLoRA:
 
     def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
         rows, kernel = running.shape[0], math.prod(running.shape[2:])
-        inner, outer = self.inner, self.outer
-        if kernel > 1:
-            each_position = torch.eye(kernel, device=inner.device)
-            inner, outer = torch.kron(inner, each_position), torch.kron(outer, each_position)
-        scale = strength * self.scale
-        seen = running.remember(self, lambda: running.times(inner).to(outer.device))
+        outer, scale = self._outer(kernel), strength * self.scale
+        seen = running.remember(
+            self, lambda: running.times(at_each_position(self.inner, kernel)).to(outer.device)
+        )
         return (
             Add(0, rows, LowRank(seen, outer), scale),
             Add(0, rows, LowRank(self.up, self.down), scale),
         )
+
+    def _outer(self, kernel: int) -> Tensor:
+        if kernel == 1:
+            return self.outer
+        outer = self._spread.get(kernel)
+        if outer is None:
+            self._spread[kernel] = outer = at_each_position(self.outer, kernel)
+        return outer
+
+
+def at_each_position(factor: Tensor, kernel: int) -> Tensor:
+    """`factor ⊗ I`: one factor for each position of the kernel; [m, n] → [m · kernel, n · kernel]."""
+    return factor if kernel == 1 else torch.kron(factor, torch.eye(kernel, device=factor.device))
 
 
 def read_glora(name: str, tensors: Mapping[str, Tensor]) -> GLoRA | None:

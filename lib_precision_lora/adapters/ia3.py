@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -29,12 +30,17 @@ class IA3:
 
     either: the file does not say (PEFT on a convolution); the layer's sizes decide, for outputs where both
     are equal. The bias beside it then stays as it is where the weight's inputs are scaled.
+    _spread: v by column, for each size of kernel, as long as anyone holds it: a change of strength meets
+    the same tensor again.
     """
 
     change: Tensor
     on_input: bool
     either: bool = False
     kind: str = "ia3"
+    _spread: WeakValueDictionary[int, Tensor] = field(
+        default_factory=WeakValueDictionary, init=False, repr=False
+    )
 
     @property
     def rank(self) -> None:
@@ -75,7 +81,12 @@ class IA3:
         return self.change.numel() != shape[0] if self.either else self.on_input
 
     def _by_column(self, kernel: int) -> Diagonal:
-        return Diagonal(self.change if kernel == 1 else self.change.repeat_interleave(kernel))
+        if kernel == 1:
+            return Diagonal(self.change)
+        by_column = self._spread.get(kernel)
+        if by_column is None:
+            self._spread[kernel] = by_column = self.change.repeat_interleave(kernel)
+        return Diagonal(by_column)
 
 
 def read_ia3(name: str, tensors: Mapping[str, Tensor]) -> tuple[IA3 | None, IA3 | None]:

@@ -104,7 +104,7 @@ class Hadamard:
         rank = self.b1.shape[0] * self.b2.shape[0]
         if rank * (rows + columns) >= rows * columns:
             return self
-        up = (self.a1.float()[:, :, None] * self.a2.float()[:, None, :]).flatten(1)
+        up = (self.a1.float()[:, :, None] * self.a2.float()[:, None, :]).flatten(1).contiguous()
         down = (self.b1.float()[:, None, :] * self.b2.float()[None, :, :]).flatten(0, 1)
         return LowRank(up, down)
 

@@ -17,7 +17,7 @@ from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import WORKSPACE_BYTES, token_count
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.linear import mix_left, turn
+from lib_precision_lora.branch.linear import enlargement, mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.patches import PatchInput
 from lib_precision_lora.branch.product import Compute, Product, SingleProduct
@@ -77,7 +77,7 @@ class ConvInput:
         self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
         self.window = slice(None)
         self._hidden: Tensor | None = None
-        self._base: dict[int, Tensor] = {}
+        self._base: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hidden(self) -> Tensor | None:
         if self._hidden is None:
@@ -86,10 +86,13 @@ class ConvInput:
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
         if id(turns) not in self._base:
-            shift = self._turn(turns).to(self.sample.dtype)
-            self._base[id(turns)] = positions(self.module.forward(shift[None]))
-        y = self._base[id(turns)][self.window].to(torch.float32, copy=True)
-        return y if self.module.bias is None else y.sub_(self.module.bias.to(y))
+            shift = self._turn(turns)
+            size = enlargement(self.x, shift, tuple(range(shift.ndim)))
+            enlarged = (shift * size).to(self.sample.dtype)
+            self._base[id(turns)] = positions(self.module.forward(enlarged[None])), size.flatten()
+        made, size = self._base[id(turns)]
+        y = made[self.window].to(torch.float32, copy=True)
+        return (y if self.module.bias is None else y.sub_(self.module.bias.to(y))).div_(size)
 
     def _whole_hidden(self) -> Tensor | None:
         down, scale = self.operands.down, self.operands.scale

@@ -29,29 +29,28 @@ class TurnedRows(Protocol):
 
 def structure(pieces: Sequence[TurnedRows], steps: Sequence[Add | Left]) -> tuple[object, ...]:
     """Equal where two stacks differ in strengths only."""
-    return _pieces(pieces), tuple(_step(step) for step in steps)
+    turned_rows = tuple((p.start, p.stop, _operators(p.turns), id(p.share)) for p in pieces)
+    return turned_rows, tuple(_step(step) for step in steps)
 
 
 def exact_identity(pieces: Sequence[TurnedRows], steps: Sequence[Add | Left]) -> tuple[object, ...]:
     """Equal where two stacks are the same, strengths included."""
     strengths = tuple(step.scale if isinstance(step, Add) else step.factor for step in steps)
-    return structure(pieces, steps), strengths
-
-
-def _pieces(pieces: Sequence[TurnedRows]) -> tuple[object, ...]:
-    return tuple((piece.start, piece.stop, _turns(piece.turns), id(piece.share)) for piece in pieces)
+    turns = tuple(factor for piece in pieces for _, factor in piece.turns)
+    return structure(pieces, steps), strengths, turns
 
 
 def _step(step: Add | Left) -> tuple[object, ...]:
+    """A turn of inputs is folded into the factors before it, so that its strength is part of theirs."""
     if isinstance(step, Left):
         return step.start, step.stop, _operator(step.operator)
     tensors = tuple(id(tensor) for tensor in step.term.tensors())
-    return step.start, step.stop, step.first, tensors, id(step.row_change), _turns(step.columns)
+    folded = tuple(factor for _, factor in step.columns)
+    return step.start, step.stop, step.first, tensors, id(step.row_change), _operators(step.columns), folded
 
 
-def _turns(turns: Sequence[Turn]) -> tuple[object, ...]:
-    """A turn of inputs is folded into the factors, so that its strength is part of the structure."""
-    return tuple((_operator(operator), factor) for operator, factor in turns)
+def _operators(turns: Sequence[Turn]) -> tuple[object, ...]:
+    return tuple(_operator(operator) for operator, _ in turns)
 
 
 def _operator(operator: Operator) -> tuple[object, ...]:

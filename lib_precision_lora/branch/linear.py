@@ -13,8 +13,10 @@ from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import token_count
 from lib_precision_lora.branch.operands import Operands, WeightBranch
-from lib_precision_lora.branch.product import SingleProduct
+from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
+
+LARGEST_ENLARGED = 2.0**5
 
 
 class LinearBranch(WeightBranch):
@@ -53,9 +55,11 @@ class LinearInput:
         return mix_left(term, inner)
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
-        y: Tensor = self.module.forward(turn(self.x.float(), turns).to(self.x.dtype)).float()
+        shift = turn(self.x.float(), turns)
+        size = enlargement(self.x, shift, (-1,))
+        y: Tensor = self.module.forward((shift * size).to(self.x.dtype)).float()
         bias = getattr(self.module, "bias", None)
-        return y if bias is None else y.sub_(bias.to(y))
+        return (y if bias is None else y.sub_(bias.to(y))).div_(size)
 
 
 def mix_left(term: Kronecker, inner: Tensor) -> Tensor:
@@ -69,6 +73,17 @@ def turn(x: Tensor, turns: Sequence[Turn]) -> Tensor:
     for operator, factor in reversed(turns):
         total.add_(operator.deviation(x + total), alpha=factor)
     return total
+
+
+def enlargement(x: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The power of two s for which `(module(s · shift) − b) / s` rounds least: s · shift is as large as x.
+
+    A small shift alone would leave the module as `W0 · shift + b`, rounded at the size of the bias, and in
+    fp16 might be below the normal range. s ≥ 1, and s · shift stays below LARGEST_ENLARGED, so that no
+    output leaves the range of fp16 that would not without s, on rows of absolute sum up to 2000.
+    axes: those over which one s is common, kept as axes of 1.
+    """
+    return (magnitude(x, axes).clamp(max=LARGEST_ENLARGED) / magnitude(shift, axes)).clamp(1.0, 2.0**24)
 
 
 def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.branch.branch import Branch
+from lib_precision_lora.branch.device_copies import copied
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import exact_identity
-from lib_precision_lora.branch.operands import placed
 from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.branch.shadow import Shadow, empty_parameter, move_values
 from lib_precision_lora.branch.sites import Site
@@ -132,7 +132,7 @@ def write_merged(target: Tensor, original: Tensor, merge: Merge) -> None:
     the range of target's type.
     """
     stored = stored_weight(original)
-    steps = [placed(step, target.device) if isinstance(step, Add) else step for step in merge.steps]
+    steps = [copied(step, target.device) if isinstance(step, Add) else step for step in merge.steps]
     # fp64: products in fp32 may be TF32 there, if the process lets them
     wide = torch.float64 if target.device.type == "cuda" else torch.float32
     reader = Reader(Elsewhere(stored.shape, stored.kind, stored, target.device), merge.pieces, steps, wide)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
-from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank
+from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.chunks import operand_copies, token_bytes
+from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
@@ -85,6 +86,7 @@ class WeightBranch:
         self._stack: Stack | None = None
         self._operands: Operands | None = None
         self._made_for: tuple[torch.device, bool] | None = None
+        self._copies: DeviceCopies | None = None
 
     def structure(self) -> tuple[object, ...]:
         """Equal for two branches that differ in strengths only."""
@@ -152,7 +154,7 @@ class WeightBranch:
 
     def release(self) -> None:
         """Let go of everything that was made for a device."""
-        self._stack = self._operands = self._made_for = None
+        self._stack = self._operands = self._made_for = self._copies = None
         if self.bias is not None:
             self.bias.release()
 
@@ -170,10 +172,12 @@ class WeightBranch:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
         self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
+        self._copies = DeviceCopies(home)
         return self._assemble(product, device)
 
     def _assemble(self, product: Product, device: torch.device) -> Operands:
-        home = device if self.stream is None else torch.device("cpu")
+        assert self._copies is not None
+        copies, home = self._copies, self._copies.device
         down = scale = None
         if self._stack is not None:
             down = self._stack.down
@@ -182,12 +186,12 @@ class WeightBranch:
         pieces = tuple(
             dataclasses.replace(
                 piece,
-                turns=tuple((op.to(home), f) for op, f in piece.turns),
+                turns=copies.turns(piece.turns),
                 share=None if piece.share is None else piece.share.to(home),
             )
             for piece in self.pieces
         )
-        phases = tuple(_phases(self.steps, self._stack, self.rows, home))
+        phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
         size = token_bytes(
@@ -215,12 +219,12 @@ def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:
     return groups
 
 
-def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, device: torch.device) -> list[Phase]:
+def _phases(steps: Sequence[Add | Left], stack: Stack | None, rows: int, copies: DeviceCopies) -> list[Phase]:
     numbers = _numbers(steps)
     return [
         Phase(
-            tuple(dataclasses.replace(left, operator=left.operator.to(device)) for left in lefts),
-            tuple(_ranges(additions, stack, numbers, rows, device)),
+            tuple(dataclasses.replace(left, operator=copies.operator(left.operator)) for left in lefts),
+            tuple(_ranges(additions, stack, numbers, rows, copies)),
         )
         for lefts, additions in _grouped(steps)
     ]
@@ -231,7 +235,7 @@ def _ranges(
     stack: Stack | None,
     numbers: Mapping[int, int],
     rows: int,
-    device: torch.device,
+    copies: DeviceCopies,
 ) -> list[RowRange]:
     """Disjoint row ranges that cover all rows, each with what is added there."""
     ranges = []
@@ -241,7 +245,7 @@ def _ranges(
         if block and stack is not None:
             columns, up = stack.columns[block], stack.ups[block]
         others = tuple(
-            placed(step, device)
+            copies.addition(step)
             for step in additions
             if step.start <= start and stop <= step.stop and not isinstance(step.term, LowRank)
         )
@@ -267,20 +271,3 @@ def _up_block(additions: Sequence[Add], start: int, stop: int, numbers: Mapping[
 def _numbers(steps: Sequence[Add | Left]) -> Mapping[int, int]:
     """The place of each low-rank addition in the stack."""
     return {id(step): number for number, step in enumerate(low_rank(steps))}
-
-
-def placed(step: Add, device: torch.device) -> Add:
-    """The addition with its factors on the device; a dense remainder stays where it is and is streamed."""
-    term = step.term
-    if isinstance(term, LowRank):
-        term = LowRank(term.up.to(device), term.down.to(device))
-    elif isinstance(term, Kronecker):
-        term = Kronecker(term.left.to(device), tuple(factor.to(device) for factor in term.right))
-    elif isinstance(term, Hadamard):
-        term = Hadamard(*(factor.to(device) for factor in term.tensors()))
-    return dataclasses.replace(
-        step,
-        term=term,
-        row_change=None if step.row_change is None else step.row_change.to(device),
-        columns=tuple((operator.to(device), factor) for operator, factor in step.columns),
-    )

@@ -21,7 +21,7 @@ from torch.nn import functional
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
-from lib_precision_lora.branch.linear import LinearInput, turn
+from lib_precision_lora.branch.linear import LinearInput, enlargement, turn
 from lib_precision_lora.branch.operands import Operands
 from lib_precision_lora.branch.rows import BranchInput
 
@@ -57,9 +57,11 @@ class PatchInput:
         size = self.sample.shape[0], *self.module.kernel_size
 
         def product(block: Tensor) -> Tensor:
-            shift = turn(block, turns).to(self.sample.dtype).view(-1, *size)
-            y: Tensor = type(self.module).forward(by_patch, shift).float().flatten(1)
-            return y if self.module.bias is None else y - self.module.bias.to(y)
+            shift = turn(block, turns)
+            scale = enlargement(block, shift, (-1,))
+            enlarged = (shift * scale).to(self.sample.dtype).view(-1, *size)
+            y: Tensor = type(self.module).forward(by_patch, enlarged).float().flatten(1)
+            return (y if self.module.bias is None else y.sub_(self.module.bias.to(y))).div_(scale)
 
         return self._by_block(product)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,34 +12,29 @@ from torch import Tensor, nn
 
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.branch.reading import Reader
-from tests.families import BASE_STD, Family, family
+from tests.families import BASE_STD, FAMILIES, Family, family
 from tests.oracles import Step, merge
 
 SHAPE = (16, 64)
-KEPT = (
-    "dora-out",
-    "loha",
-    "loha-streamed",
-    "loha-dora-out",
-    "lokr-right",
-    "lokr-full",
-    "lokr-tucker",
-    "lokr-dora-out",
-    "glora",
-)
+KERNEL = (16, 8, 3, 3)
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    """One layer, linear or a convolution, and an input for it."""
+
+    def __init__(self, shape: tuple[int, ...] = SHAPE) -> None:
         super().__init__()
-        self.layer = nn.Linear(SHAPE[1], SHAPE[0]).requires_grad_(False)
-        self.layer.weight.copy_(BASE_STD * torch.randn(SHAPE, generator=torch.manual_seed(4)))
-        self.x = torch.randn(3, SHAPE[1], generator=torch.manual_seed(5))
+        is_conv = len(shape) > 2
+        self.layer = nn.Conv2d(shape[1], shape[0], shape[2:]) if is_conv else nn.Linear(shape[1], shape[0])
+        self.layer.requires_grad_(False)
+        self.layer.weight.copy_(BASE_STD * torch.randn(shape, generator=torch.manual_seed(4)))
+        self.x = torch.randn(3, shape[1], *[5] * (len(shape) - 2), generator=torch.manual_seed(5))
 
     def error(self, applied: list[tuple[Family, float]]) -> float:
         """Of the forward as it is now, from the one in float64 with these merged."""
         weight, _ = merge(self.layer.weight, [Step(made.change, strength) for made, strength in applied])
-        exact = self.x.double() @ weight.T + self.layer.bias.double()
+        multiply = nn.functional.linear if weight.ndim == 2 else nn.functional.conv2d
+        exact = multiply(self.x.double(), weight, self.layer.bias.double())
         return float((self.layer(self.x).double() - exact).norm() / exact.norm())
 
 
@@ -66,13 +62,17 @@ def items(adapters: list[object], strengths: tuple[float, ...]) -> list[tuple[st
 
 
 def held(session: PatchSession) -> dict[str, int]:
-    """Every tensor with factors that the branch multiplies with, by place."""
+    """Every tensor with factors or turns that the branch multiplies with, by place."""
     piece = session._attached["layer"].piece
     operands, stack = piece._operands, piece._stack
     tensors: dict[str, Tensor] = {}
     if stack is not None:
         tensors |= {"down": stack.down, "exponents": stack.exponents}
         tensors |= {f"up {number}": up for number, up in enumerate(stack.ups.values())}
+    turns = [turn for piece in operands.pieces for turn in piece.turns]
+    turns += [(left.operator, left.factor) for phase in operands.phases for left in phase.lefts]
+    for number, (operator, _) in enumerate(turns):
+        tensors |= {f"turn {number}.{place}": part for place, part in enumerate(operator.tensors())}
     for phase in operands.phases:
         for row_range in phase.ranges:
             for number, step in enumerate(row_range.others):
@@ -81,11 +81,12 @@ def held(session: PatchSession) -> dict[str, int]:
     return {place: id(tensor) for place, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("shape", [SHAPE, KERNEL], ids=["linear", "conv"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_change_of_strength_reads_nothing_and_keeps_the_very_same_factors(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, made = Model(), family(name, SHAPE)
+    model, made = Model(shape), family(name, shape)
     adapter = made.adapter
     with PatchSession(model) as session:
         session.apply(items([adapter], (1.0,)))
@@ -144,3 +145,30 @@ def test_norms_are_forgotten_with_the_files_they_belong_to() -> None:
         assert len(session._memo._kept) == 1
         session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
         assert len(session._memo._kept) == 0
+
+
+@pytest.mark.parametrize("name", ["glora", "ia3-in", "ia3-peft-in"])
+def test_what_a_convolution_spreads_over_its_kernel_is_forgotten_with_the_session(name: str) -> None:
+    model, adapter = Model(KERNEL), family(name, KERNEL).adapter
+    with PatchSession(model) as session:
+        session.apply(items([adapter], (1.0,)))
+        assert len(adapter._spread) == 1
+    del session
+    gc.collect()
+    assert len(adapter._spread) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_change_of_strength_copies_nothing_to_the_device_again(name: str) -> None:
+    """On `meta`, a device apart from the factors: every copy to it is a new tensor."""
+    model, adapter = Model(), family(name, SHAPE).adapter
+    with PatchSession(model) as session:
+        session.apply(items([adapter], (1.0,)))
+        branch = session._attached["layer"].piece
+        before = branch.operands(model.x.to("meta"))
+        factors = held(session)
+        session.apply(items([adapter], (0.5,)))
+        after = branch.operands(model.x.to("meta"))
+        assert session._attached["layer"].piece is branch
+        assert after is not before
+        assert held(session) == factors

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lib_precision_lora.adapters import make_lora
+from lib_precision_lora.adapters import make_lora, read_adapters
 from lib_precision_lora.branch import Compute, EffectiveWeight, PatchSession
 from lib_precision_lora.branch.product import HalfProduct, magnitude
 from lib_precision_lora.storage import stored_weight
@@ -160,3 +160,25 @@ def test_magnitude_bounds_every_number_of_a_type(dtype: torch.dtype) -> None:
     assert (size == torch.exp2(torch.log2(size).round())).all()
     assert ((x.float() / size).abs() <= 2.0).all()
     assert (size[1:5, 0] / x[1:5, 0].float().abs() < 2.0).all()
+
+
+@pytest.mark.parametrize("size", [6e-8, 0.01, 1.0, 16.0, 31.0, 1000.0, 60000.0])
+@pytest.mark.parametrize("change", [1e-4, 0.01, 1.0])
+def test_turned_inputs_of_cancelling_rows_stay_within_fp16_and_are_right(size: float, change: float) -> None:
+    """Rows of absolute sum 1900 that sum to 0: a changed half of the inputs is all that comes out."""
+    layer = nn.Linear(1024, 8).half().requires_grad_(False)
+    signs = torch.tensor([1.0, -1.0]).repeat(512)
+    layer.weight.copy_(1900 / 1024 * signs.expand(8, 1024))
+    layer.bias.copy_(torch.linspace(-1.0, 1.0, 8))
+    values = torch.where(signs > 0, change, 0.0)
+    adapter = read_adapters({"layer.weight": values, "layer.on_input": torch.tensor(1)})["layer"]
+    x = torch.full((3, 1024), size).half()
+    weight = layer.weight.double() * (1.0 + values.double())
+    exact = x.double() @ weight.T + layer.bias.double()
+    with PatchSession(holder := Holder(layer)) as session:
+        session.apply([("file", {"layer": adapter}, 1.0)])
+        y = holder(x)
+    if torch.isfinite(exact.half()).all():
+        assert_finite_and_right(y, exact)
+    else:
+        assert size * change >= 60.0
