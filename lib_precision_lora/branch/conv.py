@@ -16,6 +16,7 @@ from lib_precision_lora.branch.linear import mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import Product, SingleProduct
 from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
+from lib_precision_lora.branch.wide_input import WideInput
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -42,18 +43,23 @@ class ConvBranch(WeightBranch):
 
     def _add(self, module: Conv, operands: Operands, x: Tensor, y: Tensor) -> None:
         """One sample, in place; x: [in, …], y: [out, …]."""
+        x = x if self.wide_input is None else self.wide_input.completed(x)
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
         for group in range(module.groups):
-            given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
+            channels = slice(group * width, (group + 1) * width)
+            given = ConvInput(module, operands, x, channels, self.wide_input)
             add_rows(operands, given, positions, module.bias, (group * height, (group + 1) * height))
 
 
 class ConvInput:
     """One sample, [in, …], of which `channels` is the group at hand (`rows.BranchInput`)."""
 
-    def __init__(self, module: Conv, operands: Operands, x: Tensor, channels: slice) -> None:
-        self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
+    def __init__(
+        self, module: Conv, operands: Operands, x: Tensor, channels: slice, wide: WideInput | None
+    ) -> None:
+        self.module, self.operands, self.wide = module, operands, wide
+        self.sample, self.x = x, x[channels]
 
     def hidden(self) -> Tensor | None:
         stack, scale = self.operands.stack, self.operands.scale
@@ -78,6 +84,7 @@ class ConvInput:
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
         shift = self._turn(turns).to(self.sample.dtype)
+        shift = shift if self.wide is None else self.wide.own_part(shift)
         y = positions(self.module.forward(shift[None]).float())
         return y if self.module.bias is None else y - self.module.bias.to(y)
 

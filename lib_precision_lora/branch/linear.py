@@ -14,6 +14,7 @@ from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import SingleProduct
 from lib_precision_lora.branch.rows import WORKSPACE_BYTES, add_rows
+from lib_precision_lora.branch.wide_input import WideInput
 
 
 class LinearBranch(WeightBranch):
@@ -25,9 +26,9 @@ class LinearBranch(WeightBranch):
         bias: Tensor | None = getattr(module, "bias", None)
         y = y.contiguous()
         rank = 0 if operands.stack is None else operands.stack.down.shape[0]
-        tokens = max(1, WORKSPACE_BYTES // (4 * (2 * x.shape[-1] + 2 * y.shape[-1] + 3 * rank)))
+        tokens = max(1, WORKSPACE_BYTES // (4 * (2 * self.shape[1] + 2 * y.shape[-1] + 3 * rank)))
         for x_chunk, y_chunk in token_chunks(x, y, tokens):
-            given = LinearInput(module, operands, x_chunk)
+            given = LinearInput(module, operands, x_chunk, self.wide_input)
             add_rows(operands, given, y_chunk, bias, (0, y.shape[-1]))
         return y
 
@@ -35,8 +36,9 @@ class LinearBranch(WeightBranch):
 class LinearInput:
     """One chunk of tokens, [tokens, in] (`rows.BranchInput`)."""
 
-    def __init__(self, module: Any, operands: Operands, x: Tensor) -> None:
-        self.module, self.operands, self.x = module, operands, x
+    def __init__(self, module: Any, operands: Operands, x: Tensor, wide: WideInput | None) -> None:
+        self.module, self.operands, self.wide = module, operands, wide
+        self.x = x if wide is None else wide.completed(x)
 
     def hidden(self) -> Tensor | None:
         stack, scale = self.operands.stack, self.operands.scale
@@ -54,7 +56,9 @@ class LinearInput:
         return mix_left(term, inner)
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
-        y: Tensor = self.module.forward(turn(self.x.float(), turns).to(self.x.dtype)).float()
+        shift = turn(self.x.float(), turns).to(self.x.dtype)
+        shift = shift if self.wide is None else self.wide.own_part(shift)
+        y: Tensor = self.module.forward(shift).float()
         bias = getattr(self.module, "bias", None)
         return y if bias is None else y - bias.to(y)
 

@@ -17,6 +17,7 @@ from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.stack import Stack, build_stack, column_scales, low_rank
 from lib_precision_lora.branch.vector import DeltaVector
+from lib_precision_lora.branch.wide_input import WideInput
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +64,8 @@ class WeightBranch:
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
-        self.rows = weight.stored.shape[0]
+        self.shape = weight.stored.shape
+        self.wide_input = WideInput.of(weight.stored)
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
         self._operands: Operands | None = None
@@ -110,7 +112,7 @@ class WeightBranch:
             dataclasses.replace(piece, turns=tuple((op.to(device), f) for op, f in piece.turns))
             for piece in self.pieces
         )
-        phases = tuple(_phases(self.steps, stack, self.rows, device))
+        phases = tuple(_phases(self.steps, stack, self.shape[0], device))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(device)
         return Operands(product, stack, scale, phases, pieces, bias, plain)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lib_precision_lora.branch.compose import Branch, Reordered, effective_weights, make_attachments
+from lib_precision_lora.branch.compose import Branch, effective_weights, make_attachments
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
 from lib_precision_lora.branch.product import Compute
@@ -41,7 +42,7 @@ class PatchSession:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._attached: dict[str, Attached] = {}
-        self._reordered = Reordered()
+        self._fitted = FittedAdapters()
         self._memo = Memo()
 
     def apply(self, items: Sequence[PatchItem], compute: Compute = "auto") -> Applied:
@@ -56,7 +57,7 @@ class PatchSession:
     def apply_patches(self, patches: Sequence[Patch], compute: Compute = "auto") -> None:
         """`apply`, for patches whose parameters are resolved already."""
         shadows = [here.piece for here in self._attached.values() if isinstance(here.piece, Shadow)]
-        weights = effective_weights(self._living_model(), patches, self._reordered, shadows, self._memo)
+        weights = effective_weights(self._living_model(), patches, self._fitted, shadows, self._memo)
         wanted = make_attachments(weights, compute)
         undo: Undo = []
         before = dict(self._attached)
@@ -69,7 +70,7 @@ class PatchSession:
             for step in reversed(undo):
                 step()
             raise
-        self._reordered.keep_only(patches)
+        self._fitted.keep_used()
         self._memo.keep_used()
 
     def clear(self) -> None:
@@ -128,17 +129,27 @@ class PatchSession:
 
 
 def attach(module: nn.Module, piece: Branch | Shadow) -> Attached:
-    """Make a branch run after the module's forward, or put a shadow in its place."""
+    """Make a branch run after the module's forward (and before it, where the input is widened), or put a
+    shadow in its place."""
     if isinstance(piece, Shadow):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
-    handle: RemovableHandle = module.register_forward_hook(_hook(piece), with_kwargs=True)
-    return Attached(weakref.ref(module), piece, handle.remove)
+    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece), with_kwargs=True)]
+    if piece.wide_input is not None:
+        handles.append(module.register_forward_pre_hook(piece.wide_input.narrow, with_kwargs=True))
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return Attached(weakref.ref(module), piece, detach)
 
 
 def _hook(branch: Branch) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
+        if branch.wide_input is not None:
+            x = branch.wide_input.take()
         if _autocast_enabled(output.device.type):
             with torch.autocast(output.device.type, enabled=False):
                 return branch(module, x, output)

@@ -15,6 +15,7 @@ from lib_precision_lora.adapters import (
     DoRA,
     ForgePatch,
     Target,
+    channels_of,
     from_forge_patch,
     row_order,
 )
@@ -161,6 +162,7 @@ class HostedSession:
                 self._adapters[id(value)][1],  # type: ignore[arg-type]
                 float(strength),
                 float(base_factor),
+                _widens(value),
             )
             for identifier, patches in host_patches.items()
             for name, stack in patches.items()
@@ -193,13 +195,21 @@ class HostedSession:
         try:
             target = _target(name, offset, function)
             shape = target_shape(model, target)
-            adapter.check(shape)
+            if _widens(value):
+                channels_of(adapter, shape)
+            else:
+                adapter.check(shape)
         except (AdapterError, StorageError, AttributeError, AssertionError):
             return False
         site = find_site(model, name)
         if site.kind == "shadow" and not site.parameter.is_floating_point():
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
+
+
+def _widens(value: Any) -> bool:
+    """Whether it came from a file whose input channels are not the layer's."""
+    return isinstance(value, ForgePatch) and value.widens
 
 
 def _target(name: str, offset: Any, function: Any) -> Target:
