@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lib_precision_lora.memory.meter import ByteMeter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.family_files import FILES, FamilyFile, Sizes
 from lib_precision_lora.adapters import Adapter, read_adapters
 from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.memory.meter import ByteMeter
 
 MIB = 2**20
 

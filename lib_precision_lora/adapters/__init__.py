@@ -9,6 +9,7 @@ from lib_precision_lora.adapters.reader import AdapterFile, read_adapters
 from lib_precision_lora.adapters.steps import Add, Left, Right, Running, Step
 from lib_precision_lora.adapters.target import Target, row_order
 from lib_precision_lora.adapters.terms import Dense, Kronecker, LowRank
+from lib_precision_lora.adapters.widening import channels_of, with_channels
 
 __all__ = [
     "Adapter",
@@ -29,9 +30,11 @@ __all__ = [
     "Step",
     "Target",
     "adapter_bytes",
+    "channels_of",
     "from_forge_patch",
     "make_lora",
     "read_adapters",
     "row_order",
     "to_forge_patch",
+    "with_channels",
 ]

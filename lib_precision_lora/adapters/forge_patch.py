@@ -40,14 +40,15 @@ kinds of other extensions, are not among them."""
 class ForgePatch(tuple[Any, ...]):
     """A patch value of the host that carries the adapter it was made from.
 
-    host_readable: whether the host's own merge understands it.
+    host_readable: whether the host's own merge understands it; widens: as in `branch.Patch`.
     """
 
     adapter: Adapter
     host_readable: bool
+    widens: bool
 
 
-def to_forge_patch(adapter: Adapter) -> ForgePatch:
+def to_forge_patch(adapter: Adapter, widens: bool = False) -> ForgePatch:
     """The adapter as a value that Forge, and extensions that look into its patches, understand.
 
     The folded form of a LoRA has no core any more and its scale is given as alpha = scale · rank.
@@ -63,6 +64,7 @@ def to_forge_patch(adapter: Adapter) -> ForgePatch:
         patch = ForgePatch((kind, (adapter,)))
     patch.adapter = adapter
     patch.host_readable = isinstance(adapter, (LoRA, Diff, Assign))
+    patch.widens = widens
     return patch
 
 

@@ -1,13 +1,13 @@
 """Names that files give to modules, and under which names a key map may know them.
 
 A host's key map knows the names of the usual trainers. What is left are prefixes that PEFT puts before
-them, and XLabs' attention processors for Flux.
+them, XLabs' attention processors for Flux, and the norms of control LoRAs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PREFIXES = ("base_model.model.", "base_model.", "model.")
@@ -23,6 +23,9 @@ _XLABS_DOUBLE = {
     ("proj", "1"): "img_attn.proj",
     ("proj", "2"): "txt_attn.proj",
 }
+
+_CONTROL_INPUTS = ("img_in.lora_A.weight", "x_embedder.lora_A.weight")
+_WHOLE_NORM = re.compile(r".*\.(query_norm\.scale|key_norm\.scale|norm_(added_)?[qk]\.weight)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,18 @@ def aliases(name: str) -> Iterator[Alias]:
     for home in HOMES:
         if home + bare != name:
             yield Alias(home + bare)
+
+
+def whole_norms(keys: Iterable[str]) -> frozenset[str]:
+    """The keys under which a control LoRA for Flux holds norms, not as a change but as their new values.
+
+    Beside a LoRA on the input layer, in BFL's names (`….key_norm.scale`) or those of diffusers
+    (`….norm_k.weight`). Without one, such keys are those of a checkpoint.
+    """
+    keys = frozenset(keys)
+    if not any(key.endswith(_CONTROL_INPUTS) for key in keys):
+        return frozenset()
+    return frozenset(key for key in keys if _WHOLE_NORM.fullmatch(key))
 
 
 def _xlabs(name: str) -> Iterator[Alias]:

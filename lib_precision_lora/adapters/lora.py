@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
 from lib_precision_lora.adapters.additive import add_term, read_alpha, require_shape
+from lib_precision_lora.adapters.diff import Diff, make_diff
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import LowRank
 
@@ -23,6 +24,8 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_A.weight": ("lora_down", "PEFT"),
     ".lora_B.default.weight": ("lora_up", "PEFT"),
     ".lora_A.default.weight": ("lora_down", "PEFT"),
+    ".lora_B.bias": ("lora_up_bias", "PEFT"),
+    ".lora_B.default.bias": ("lora_up_bias", "PEFT"),
     ".lora.up.weight": ("lora_up", "diffusers"),
     ".lora.down.weight": ("lora_down", "diffusers"),
     "_lora.up.weight": ("lora_up", "diffusers attention processors"),
@@ -113,6 +116,17 @@ def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:
         missing = "lora_up" if up is None else "lora_down"
         raise AdapterError(f"{name}: {missing} is missing, the file is incomplete")
     return make_lora(name, up, down, read_alpha(name, tensors), tensors.get("lora_mid"))
+
+
+def read_bias(name: str, tensors: Mapping[str, Tensor], scale: float) -> Diff | None:
+    """`Δb = scale · b`, b the bias of `lora_up`; None where it has none.
+
+    From `y += scale · (up (down x) + b)`, as PEFT trains it with `lora_bias`, and BFL its control LoRAs.
+    """
+    if "lora_up_bias" not in tensors:
+        return None
+    value = make_diff(name, tensors["lora_up_bias"]).value
+    return Diff(value if scale == 1.0 else scale * value.float())
 
 
 def fold_tucker_core(

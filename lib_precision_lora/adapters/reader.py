@@ -25,7 +25,7 @@ from lib_precision_lora.adapters import (
 )
 from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
-from lib_precision_lora.adapters.layouts import aliases
+from lib_precision_lora.adapters.layouts import aliases, whole_norms
 from lib_precision_lora.adapters.target import Target
 
 SUFFIXES: Mapping[str, tuple[str, str]] = {
@@ -73,13 +73,15 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
     adapters: dict[str | Target, Adapter] = {}
     unmatched: list[str] = []
     layouts: Counter[str] = Counter()
+    whole = whole_norms(state_dict)
     for name, keys in _by_module(state_dict).items():
         place = _target(name, key_map)
         if place is None:
             unmatched.extend(keys)
             continue
         target, leading_rows = place
-        roles = {SUFFIXES[key[len(name) :]][0]: key for key in keys if key != name}
+        meanings = {key: _meaning(name, key, whole) for key in keys}
+        roles = {role: key for key, (role, _) in meanings.items() if role}
         weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
         if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
             target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
@@ -89,7 +91,7 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
             adapters[target.bias().name] = bias
         taken = {roles[role] for role in used}
         unmatched.extend(key for key in keys if key not in taken)
-        layouts.update(SUFFIXES[key[len(name) :]][1] for key in taken)
+        layouts.update(meanings[key][1] for key in taken)
     del layouts[""]
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
     return AdapterFile(adapters, tuple(unmatched), layout)
@@ -108,6 +110,8 @@ def read_module(
     for read_additive in (lora.read_lora, loha.read_loha, lokr.read_lokr):
         additive: Additive | None = read_additive(name, asked)
         if additive is not None:
+            if bias is None and isinstance(additive, lora.LoRA):
+                bias = lora.read_bias(name, asked, additive.scale)
             return dora.decompose(name, additive, asked, additive.term.size[0]), bias, frozenset(asked.used)
     weight, scaled_bias = ia3.read_ia3(name, asked)
     if weight is not None:
@@ -154,6 +158,13 @@ def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
         suffix = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
         modules.setdefault(key.removesuffix(suffix), []).append(key)
     return modules
+
+
+def _meaning(name: str, key: str, whole: frozenset[str]) -> tuple[str, str]:
+    """What the tensor under a module's key is ("" where nobody knows), and the layout that writes it so."""
+    if key in whole:
+        return "set_weight", ""
+    return SUFFIXES.get(key[len(name) :], ("", ""))
 
 
 def _target(name: str, key_map: Mapping[str, Any] | None) -> tuple[Target, bool] | None:

@@ -7,9 +7,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lib_precision_lora.branch.wide_input import WideInput
+
 
 class Branch(Protocol):
-    """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows."""
+    """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows.
+
+    wide_input: what stands before the module's forward where its input is widened.
+    """
+
+    wide_input: WideInput | None
 
     def __call__(self, module: Any, x: Tensor, y: Tensor) -> Tensor: ...
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lib_precision_lora.adapters import Adapter, AdapterError, row_order
+from lib_precision_lora.adapters import AdapterError, channels_of
 from lib_precision_lora.adapters.adapter import adapter_bytes
 from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.embedding import EmbeddingBranch
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.linear import LinearBranch
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, make_merged
@@ -25,7 +27,7 @@ from lib_precision_lora.branch.policy import DensePolicy, merges, shared
 from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow, make_shadow
 from lib_precision_lora.branch.sites import Site, find_site
-from lib_precision_lora.storage import StorageError, stored_weight
+from lib_precision_lora.storage import StorageError, StoredWeight, stored_weight, widened
 
 Piece = Branch | Shadow | Merged
 """What stands at a module, or at a parameter."""
@@ -44,69 +46,73 @@ WEIGHT_BRANCHES: Mapping[str, WeightBranchKind] = {
 }
 
 
-class Reordered:
-    """Adapters with rows permuted by a host's row function, kept: the same patch stays the same object."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, Any], tuple[Adapter, Adapter]] = {}
-
-    def adapter(self, patch: Patch, rows: int) -> Adapter:
-        """Raises `AdapterError` for a function that is no reordering of rows."""
-        function: Callable[[Tensor], Tensor] | None = patch.target.row_function
-        if function is None:
-            return patch.adapter
-        key = id(patch.adapter), function
-        if key not in self._made:
-            order = row_order(function, rows)
-            if order is None:
-                raise AdapterError("the host's row function is not a reordering of rows")
-            self._made[key] = patch.adapter, patch.adapter.reordered(order)
-        return self._made[key][1]
-
-    def keep_only(self, patches: Iterable[Patch]) -> None:
-        """Forget what belongs to none of these."""
-        used = {(id(patch.adapter), patch.target.row_function) for patch in patches}
-        self._made = {key: pair for key, pair in self._made.items() if key in used}
-
-
 def effective_weights(
     model: nn.Module,
     patches: Iterable[Patch],
-    reordered: Reordered,
+    fitted: FittedAdapters,
     shadows: Iterable[Shadow] = (),
     memo: Memo | None = None,
     begin: type[EffectiveWeight] = EffectiveWeight,
 ) -> dict[str, tuple[Site, EffectiveWeight]]:
     """The effective weight of every parameter that a patch changes, by name.
 
-    shadows: those that stand in the model now; memo: what former stacks have read from the base; begin:
-    the kind of effective weight, real or a sketch.
+    fitted: the adapters that former stacks have made to fit; shadows: those that stand in the model now;
+    memo: what former stacks have read from the base; begin: the kind of effective weight, real or a sketch.
     Raises `PatchError`, naming file and layer, for a patch that does not fit, or for which there is no
     memory.
     """
-    weights: dict[str, tuple[Site, EffectiveWeight]] = {}
+    patches = [patch for patch in patches if not patch.changes_nothing]
+    stored: dict[str, tuple[Site, StoredWeight]] = {}
     for patch in patches:
-        if patch.changes_nothing:
-            continue
-        name = patch.target.parameter
-        try:
-            if name not in weights:
-                site = find_site(model, name, shadows)
-                weights[name] = (
-                    site,
-                    begin.identity(stored_weight(site.parameter, site.module), memo, name),
-                )
-            site, running = weights[name]
-            rows = patch.target.rows[1] if patch.target.rows else running.stored.shape[0]
+        with _blamed(patch):
+            stored[patch.target.parameter] = _stored(model, patch, stored, shadows)
+    weights = {name: (site, begin.identity(base, memo, name)) for name, (site, base) in stored.items()}
+    for patch in patches:
+        with _blamed(patch):
+            site, running = weights[patch.target.parameter]
             if patch.base_factor != 1.0:
                 running = running.scaled(patch.base_factor, patch.target.rows)
-            adapter = reordered.adapter(patch, rows)
-            weights[name] = site, running.apply(adapter, patch.strength, patch.target.rows)
-        except (AdapterError, StorageError, AttributeError) as error:
-            raise PatchError(f"{patch.source}: layer {name}: {error}", patch.source) from error
-        except torch.cuda.OutOfMemoryError as error:
-            raise out_of_memory(name, adapter_bytes(patch.adapter), error, patch.source) from error
+            adapter = fitted.adapter(patch, running.stored)
+            running = running.apply(adapter, patch.strength, patch.target.rows)
+            weights[patch.target.parameter] = site, running
     return weights
+
+
+def _stored(
+    model: nn.Module,
+    patch: Patch,
+    known: Mapping[str, tuple[Site, StoredWeight]],
+    shadows: Iterable[Shadow],
+) -> tuple[Site, StoredWeight]:
+    """The parameter of a patch, as wide as this patch and those before it need it."""
+    name = patch.target.parameter
+    if name in known:
+        site, stored = known[name]
+    else:
+        site = find_site(model, name, shadows)
+        stored = stored_weight(site.parameter, site.module)
+    if not patch.widens or len(stored.shape) < 2:
+        return site, stored
+    rows = patch.target.rows[1] if patch.target.rows else stored.shape[0]
+    wide = widened(stored, channels_of(patch.adapter, (rows, *stored.shape[1:])))
+    if wide is not stored and (site.kind not in ("linear", "conv") or getattr(site.module, "groups", 1) > 1):
+        raise AdapterError(
+            f"it has {wide.shape[1]} input channels where the layer has {stored.shape[1]}, and only a linear "
+            "layer or an ungrouped convolution can be widened; leave this file out"
+        )
+    return site, wide
+
+
+@contextmanager
+def _blamed(patch: Patch) -> Iterator[None]:
+    """Errors within name the file and the layer of this patch."""
+    try:
+        yield
+    except (AdapterError, StorageError, AttributeError) as error:
+        raise PatchError(f"{patch.source}: layer {patch.target.parameter}: {error}", patch.source) from error
+    except torch.cuda.OutOfMemoryError as error:
+        size = adapter_bytes(patch.adapter)
+        raise out_of_memory(patch.target.parameter, size, error, patch.source) from error
 
 
 def out_of_memory(name: str, size: int, error: Exception, source: str | None = None) -> PatchMemoryError:

@@ -22,6 +22,7 @@ from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.patches import PatchInput
 from lib_precision_lora.branch.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.rows import add_rows
+from lib_precision_lora.branch.wide_input import WideInput
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -52,12 +53,14 @@ class ConvBranch(WeightBranch):
 
     def _add(self, module: Conv, operands: Operands, x: Tensor, y: Tensor) -> None:
         """One sample, in place; x: [in, …], y: [out, …]."""
+        x = x if self.wide_input is None else self.wide_input.completed(x)
         positions = y.view(y.shape[0], -1).T
         width, height = x.shape[0] // module.groups, y.shape[0] // module.groups
         whole = self._by_patch or operands.has_whole_terms
         at_once = positions.shape[0] if whole else token_count(operands.token_bytes)
         for group in range(module.groups):
-            given = ConvInput(module, operands, x, slice(group * width, (group + 1) * width))
+            channels = slice(group * width, (group + 1) * width)
+            given = ConvInput(module, operands, x, channels, self.wide_input)
             window = (group * height, (group + 1) * height)
             if self._by_patch:
                 add_rows(operands, PatchInput(module, operands, x, given), positions, module.bias, window)
@@ -73,8 +76,11 @@ class ConvInput:
     window: the positions that are asked for; what a convolution makes for all of them is made once.
     """
 
-    def __init__(self, module: Conv, operands: Operands, x: Tensor, channels: slice) -> None:
-        self.module, self.operands, self.sample, self.x = module, operands, x, x[channels]
+    def __init__(
+        self, module: Conv, operands: Operands, x: Tensor, channels: slice, wide: WideInput | None
+    ) -> None:
+        self.module, self.operands, self.wide = module, operands, wide
+        self.sample, self.x = x, x[channels]
         self.window = slice(None)
         self._hidden: Tensor | None = None
         self._base: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,6 +95,7 @@ class ConvInput:
             shift = self._turn(turns)
             size = enlargement(self.x, shift, tuple(range(shift.ndim)))
             enlarged = (shift * size).to(self.sample.dtype)
+            enlarged = enlarged if self.wide is None else self.wide.own_part(enlarged)
             self._base[id(turns)] = positions(self.module.forward(enlarged[None])), size.flatten()
         made, size = self._base[id(turns)]
         y = made[self.window].to(torch.float32, copy=True)

@@ -15,6 +15,7 @@ from lib_precision_lora.branch.chunks import token_count
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
+from lib_precision_lora.branch.wide_input import WideInput
 
 LARGEST_ENLARGED = 2.0**5
 
@@ -28,7 +29,7 @@ class LinearBranch(WeightBranch):
         bias: Tensor | None = getattr(module, "bias", None)
         y = y.contiguous()
         for x_chunk, y_chunk in token_chunks(x, y, token_count(operands.token_bytes)):
-            given = LinearInput(module, operands, x_chunk)
+            given = LinearInput(module, operands, x_chunk, self.wide_input)
             add_rows(operands, given, y_chunk, bias, (0, y.shape[-1]))
         return y
 
@@ -36,8 +37,9 @@ class LinearBranch(WeightBranch):
 class LinearInput:
     """One chunk of tokens, [tokens, in] (`rows.BranchInput`)."""
 
-    def __init__(self, module: Any, operands: Operands, x: Tensor) -> None:
-        self.module, self.operands, self.x = module, operands, x
+    def __init__(self, module: Any, operands: Operands, x: Tensor, wide: WideInput | None) -> None:
+        self.module, self.operands, self.wide = module, operands, wide
+        self.x = x if wide is None else wide.completed(x)
 
     def hidden(self) -> Tensor | None:
         down, scale = self.operands.down, self.operands.scale
@@ -57,7 +59,8 @@ class LinearInput:
     def base(self, turns: Sequence[Turn]) -> Tensor:
         shift = turn(self.x.float(), turns)
         size = enlargement(self.x, shift, (-1,))
-        y: Tensor = self.module.forward((shift * size).to(self.x.dtype)).float()
+        shift = (shift * size).to(self.x.dtype)
+        y: Tensor = self.module.forward(shift if self.wide is None else self.wide.own_part(shift)).float()
         bias = getattr(self.module, "bias", None)
         return (y if bias is None else y.sub_(bias.to(y))).div_(size)
 

@@ -16,10 +16,13 @@ from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import token_chunks
 from lib_precision_lora.branch.rows import accumulate
 from lib_precision_lora.branch.vector import DeltaVector
+from lib_precision_lora.branch.wide_input import WideInput
 
 
 class NormBranch:
     """Runs on the input and the output of a LayerNorm, GroupNorm or RMS norm over the last axis, in fp32."""
+
+    wide_input: WideInput | None = None
 
     def __init__(self, weight: EffectiveWeight | None, bias: EffectiveWeight | None) -> None:
         self.weight = None if weight is None else DeltaVector(weight)

@@ -21,6 +21,7 @@ from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, low_rank
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
+from lib_precision_lora.branch.wide_input import WideInput
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +80,7 @@ class WeightBranch:
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
         self.rows, self.columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+        self.wide_input = WideInput.of(weight.stored)
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
         self.stream: FactorStream | None = None

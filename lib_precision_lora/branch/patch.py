@@ -36,6 +36,8 @@ class Patch:
 
     source: the file's name, for messages; target.parameter: as in the model's `named_parameters`;
     base_factor: what the running weight's rows are multiplied with first (a host's `strength_model`).
+    widens: the parameter is that of an input layer, and the adapter may have another number of input
+    channels than it; those that only one of the two has count as zeros in the other.
     """
 
     source: str
@@ -43,10 +45,13 @@ class Patch:
     adapter: Adapter
     strength: float
     base_factor: float = 1.0
+    widens: bool = False
 
     @property
     def changes_nothing(self) -> bool:
-        return self.base_factor == 1.0 and self.strength == 0.0 and self.adapter.kind != "set"
+        """At strength 0 a widened layer still takes the wider input."""
+        without_effect = self.base_factor == 1.0 and self.strength == 0.0 and self.adapter.kind != "set"
+        return without_effect and not self.widens
 
 
 @dataclass(frozen=True, slots=True)

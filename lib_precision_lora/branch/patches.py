@@ -49,7 +49,7 @@ class PatchInput:
         if not turns:
             return self.unturned.kronecker(term, turns)
         return self._by_block(
-            lambda block: LinearInput(self.module, self.operands, block).kronecker(term, turns)
+            lambda block: LinearInput(self.module, self.operands, block, None).kronecker(term, turns)
         )
 
     def base(self, turns: Sequence[Turn]) -> Tensor:

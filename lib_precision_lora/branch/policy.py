@@ -37,7 +37,7 @@ SMALL_LAYER = 256 * 256
 def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool) -> bool:
     """Whether this module is merged. branch: what runs otherwise; alone: module and parameters stand at
     one place of the model alone; at another they would be read unmerged, or be merged a second time."""
-    if policy == "branch" or not alone or not _dense(site.module):
+    if policy == "branch" or not alone or branch.wide_input is not None or not _dense(site.module):
         return False
     if policy == "merge":
         return True

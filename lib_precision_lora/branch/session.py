@@ -18,11 +18,11 @@ from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.chunks import operand_copies
 from lib_precision_lora.branch.compose import (
     Piece,
-    Reordered,
     effective_weights,
     make_attachments,
     out_of_memory,
 )
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
@@ -60,7 +60,7 @@ class PatchSession:
         self._model = weakref.ref(model)
         self._attached: dict[str, Attached] = {}
         weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
-        self._reordered = Reordered()
+        self._fitted = FittedAdapters()
         self._memo = Memo()
         self._stream = FactorStream()
 
@@ -94,7 +94,7 @@ class PatchSession:
         except BaseException:
             run_back(undo)
             raise
-        self._reordered.keep_only(patches)
+        self._fitted.keep_used()
         self._memo.keep_used()
 
     def clear(self) -> None:
@@ -121,7 +121,7 @@ class PatchSession:
         """
         shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
-        weights = effective_weights(model, patches, self._reordered, shadows, begin=SketchedWeight)
+        weights = effective_weights(model, patches, self._fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
         return footprints(weights, product.half, operand_copies(product, device))
 
@@ -194,7 +194,7 @@ class PatchSession:
         """What should stand where. The effective weights, which hold the memory of the base, end here."""
         model = self._living_model()
         shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
-        weights = effective_weights(model, patches, self._reordered, shadows, self._memo)
+        weights = effective_weights(model, patches, self._fitted, shadows, self._memo)
         return make_attachments(model, weights, compute, dense)
 
     def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
@@ -231,12 +231,20 @@ class PatchSession:
 
 
 def attach(module: nn.Module, piece: Piece) -> Attached:
-    """Make a branch run after the module's forward, or put other parameters in place."""
+    """Make a branch run after the module's forward (and before it, where the input is widened), or put
+    other parameters in place."""
     if isinstance(piece, Shadow | Merged):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
-    handle: RemovableHandle = module.register_forward_hook(_hook(piece), with_kwargs=True)
-    return Attached(weakref.ref(module), piece, handle.remove)
+    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece), with_kwargs=True)]
+    if piece.wide_input is not None:
+        handles.append(module.register_forward_pre_hook(piece.wide_input.narrow, with_kwargs=True))
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return Attached(weakref.ref(module), piece, detach)
 
 
 def _detach(attached: dict[str, Attached], names: Iterable[str]) -> None:
@@ -261,6 +269,8 @@ def _put_back_parameters(attached: dict[str, Attached]) -> None:
 def _hook(branch: Branch) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
+        if branch.wide_input is not None:
+            x = branch.wide_input.take()
         if _autocast_enabled(output.device.type):
             with torch.autocast(output.device.type, enabled=False):
                 return branch(module, x, output)

@@ -16,6 +16,7 @@ from lib_precision_lora.adapters import (
     DoRA,
     ForgePatch,
     Target,
+    channels_of,
     from_forge_patch,
     row_order,
 )
@@ -205,6 +206,7 @@ class HostedSession:
                 self._adapters[id(value)][1],  # type: ignore[arg-type]
                 float(strength),
                 float(base_factor),
+                _widens(value),
             )
             for identifier, patches in host_patches.items()
             for name, stack in patches.items()
@@ -237,7 +239,10 @@ class HostedSession:
         try:
             target = _target(name, offset, function)
             shape = target_shape(model, target)
-            adapter.check(shape)
+            if _widens(value):
+                channels_of(adapter, shape)
+            else:
+                adapter.check(shape)
         except (AdapterError, StorageError, AttributeError, AssertionError):
             return False
         site = find_site(model, name)
@@ -249,6 +254,11 @@ class HostedSession:
 def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
     """A weight that is cast to bf16 in every forward would lose there what was merged into it."""
     return "branch" if getattr(model, "computation_dtype", None) == torch.bfloat16 else arithmetic.dense
+
+
+def _widens(value: Any) -> bool:
+    """Whether it came from a file whose input channels are not the layer's."""
+    return isinstance(value, ForgePatch) and value.widens
 
 
 def _target(name: str, offset: Any, function: Any) -> Target:

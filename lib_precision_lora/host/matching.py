@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lib_precision_lora.adapters import Adapter, AdapterError, Target, read_adapters, to_forge_patch
+from lib_precision_lora.adapters import (
+    Adapter,
+    AdapterError,
+    ForgePatch,
+    Target,
+    channels_of,
+    read_adapters,
+    to_forge_patch,
+)
 from lib_precision_lora.adapters.adapter import require_finite
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
@@ -17,8 +25,9 @@ from lib_precision_lora.storage import StorageError, stored_weight
 
 HostParser = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[dict[Any, Any], dict[str, Tensor]]]
 
-WIDENED_BY_HOST = ("img_in.weight", "input_blocks.0.0.weight")
-"""Input layers that the host widens where a file's tensor has more channels (control LoRAs)."""
+INPUT_LAYERS = ("img_in.weight", "input_blocks.0.0.weight")
+"""Where a file may have another number of input channels than the checkpoint, as control LoRAs do; anywhere
+else that is the sign of another model."""
 
 TEXT_ENCODER_PREFIXES = (
     "lora_te",
@@ -76,9 +85,10 @@ def match_file(
                 file = read_adapters(rest, keys.names)
                 for key, adapter in file.items():
                     target = Target.parse(key)
-                    if check(keys.model, target, adapter):
-                        found[host_key(target)] = to_forge_patch(adapter)
-                        kinds[describe(adapter)] += 1
+                    patch = patch_of(keys.model, target, adapter)
+                    if patch is not None:
+                        found[host_key(target)] = patch
+                        kinds[describe(patch)] += 1
                     else:
                         absent.append(target.parameter)
             except AdapterError as error:
@@ -109,21 +119,22 @@ def match_file(
     return FileMatch(patches[0], patches[1], unmatched, summary)
 
 
-def check(model: nn.Module, target: Target, adapter: Adapter) -> bool:
-    """Whether the model has the parameter. Raises `AdapterError` where the adapter does not fit it.
+def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch | None:
+    """The adapter as a patch of this model, None where the model has no such parameter.
 
-    A misfit of an input layer that the host widens is the host's to treat.
+    Raises `AdapterError` where the adapter does not fit it.
     """
     parameter = find_parameter(model, target.parameter)
     if parameter is None:
-        return False
+        return None
     try:
-        adapter.check(target_shape(model, target))
+        shape = target_shape(model, target)
+        widens = parameter.endswith(INPUT_LAYERS) and channels_of(adapter, shape) != shape[1]
+        if not widens:
+            adapter.check(shape)
     except (AdapterError, StorageError) as error:
-        if parameter.endswith(WIDENED_BY_HOST):
-            return True
         raise AdapterError(f"layer {parameter}: {error}") from error
-    return True
+    return to_forge_patch(adapter, widens)
 
 
 def target_shape(model: nn.Module, target: Target) -> tuple[int, ...]:
@@ -132,13 +143,20 @@ def target_shape(model: nn.Module, target: Target) -> tuple[int, ...]:
     Raises `AdapterError` for rows that the weight does not have, `StorageError` for an unknown format.
     """
     site = find_site(model, target.parameter)
-    shape = stored_weight(site.parameter, site.module).shape
+    shape = stored_weight(own_parameter(model, target.parameter, site.parameter), site.module).shape
     if target.rows is None:
         return shape
     start, length = target.rows
     if start + length > shape[0]:
         raise AdapterError(f"rows {start} to {start + length} of a weight that has {shape[0]}")
     return (length, *shape[1:])
+
+
+def own_parameter(model: nn.Module, name: str, present: Tensor) -> Tensor:
+    """The checkpoint's parameter, which the host has put aside where its own merge is present: a patch of
+    another extension may have made that one wider."""
+    loader = getattr(model, "lora_loader", None)
+    return getattr(loader, "backup", {}).get(name, present)
 
 
 def host_key(target: Target) -> Any:
@@ -149,8 +167,10 @@ def host_key(target: Target) -> Any:
     return target.parameter if offset is None else (target.parameter, offset)
 
 
-def describe(adapter: Adapter) -> str:
-    return adapter.kind if adapter.rank is None else f"{adapter.kind} rank {adapter.rank}"
+def describe(patch: ForgePatch) -> str:
+    adapter = patch.adapter
+    kind = adapter.kind if adapter.rank is None else f"{adapter.kind} rank {adapter.rank}"
+    return f"{kind} (other input channels)" if patch.widens else kind
 
 
 def _host_patches(

@@ -10,5 +10,14 @@ from .gguf import gguf_weight
 from .gguf_parameter import GGUFParameter
 from .recognise import stored_weight
 from .weight import StorageError, StoredWeight
+from .widened import WidenedWeight, widened
 
-__all__ = ["GGUFParameter", "StorageError", "StoredWeight", "gguf_weight", "stored_weight"]
+__all__ = [
+    "GGUFParameter",
+    "StorageError",
+    "StoredWeight",
+    "WidenedWeight",
+    "gguf_weight",
+    "stored_weight",
+    "widened",
+]

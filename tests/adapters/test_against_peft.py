@@ -159,3 +159,22 @@ def test_the_scale_of_a_lora_is_not_in_its_file_but_in_its_configuration(folder:
     file = load_file(folder / "scaled" / "adapter_model.safetensors")
     assert not any("alpha" in key for key in file)
     assert {adapter.scale for adapter in read(file).values()} == {1.0}
+
+
+def test_the_bias_of_a_lora_is_added_to_the_layers(folder: Path) -> None:
+    torch.manual_seed(0)
+    base = Model().requires_grad_(False)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "conv"], lora_bias=True)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config)
+    randomize(wrapped)
+    wrapped.save_pretrained(folder / "bias")
+    file = load_file(folder / "bias" / "adapter_model.safetensors")
+    assert sum(key.endswith("lora_B.bias") for key in file) == 2
+    merged, base, adapters = wrapped.double().merge_and_unload(), base.double(), read(file)
+    assert adapters.unmatched == ()
+    x = torch.randn(3, 10, 24).double()
+    with torch.no_grad(), PatchSession(base) as session:
+        before = base(x)
+        session.apply([("file", adapters, 1.0)])
+        y, expected = base(x), merged(x)
+    assert float((y - expected).norm() / (expected - before).norm()) <= TOLERANCE

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, Add, make_lora
 from lib_precision_lora.branch import EffectiveWeight, Patch
-from lib_precision_lora.branch.compose import Reordered, effective_weights
+from lib_precision_lora.branch.compose import effective_weights
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.storage import stored_weight
 from tests.branch.hosts import Holder, stored_holder
 from tests.branch.recipes import BASE_STD, EIGHT_MIXED, RECIPES, generator, noise, recipe
@@ -23,7 +24,7 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 1e-3}
 
 
 def deltas(holder: Holder, patches: list[Patch]) -> dict[torch.dtype, Tensor]:
-    (pair,) = effective_weights(holder, patches, Reordered()).values()
+    (pair,) = effective_weights(holder, patches, FittedAdapters()).values()
     return {dtype: pair[1].delta(dtype) for dtype in LIMITS}
 
 

@@ -53,12 +53,17 @@ class Block(nn.Module):
 
 
 class DiffusionModel(nn.Module):
-    """Tokens and a picture; `register` is read around any module's forward."""
+    """Tokens and a picture; `register` is read around any module's forward.
+
+    control: how many channels of 0.5 somebody puts behind those of the tokens and of the picture, as a
+    control image does.
+    """
 
     config: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
         super().__init__()
+        self.control = (0, 0)
         self.img_in = nn.Linear(6, WIDTH)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.low = Linear(WIDTH, WIDTH, torch.float8_e4m3fn)
@@ -66,15 +71,19 @@ class DiffusionModel(nn.Module):
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1)])])
 
     def forward(self, tokens: Tensor, picture: Tensor, context: Tensor) -> Tensor:
-        """Where the host has widened an input layer, the input is widened with 0.5 too."""
-        tokens = pad(tokens, (0, self.img_in.weight.shape[1] - tokens.shape[-1]), value=0.5)
+        """An input layer that has been widened is always given as much as it has."""
+        conv = self.input_blocks[0][0]
+        widths = self.img_in.weight.shape[1], conv.weight.shape[1]
+        more = [
+            max(wide - x.shape[axis], extra)
+            for wide, x, axis, extra in zip(widths, (tokens, picture), (-1, 1), self.control, strict=True)
+        ]
+        tokens = pad(tokens, (0, more[0]), value=0.5)
+        picture = pad(picture, (0, 0, 0, 0, 0, more[1]), value=0.5)
         x = self.img_in(tokens) + context
         for block in self.blocks:
             x = block(x)
         x = torch.cat([self.low(x), self.register])
-        conv = self.input_blocks[0][0]
-        missing = conv.weight.shape[1] - picture.shape[1]
-        picture = pad(picture, (0, 0, 0, 0, 0, missing), value=0.5)
         return torch.cat([x.flatten(), conv(picture).flatten()])
 
 

@@ -210,6 +210,32 @@ def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
         host.lora.extra_weight_calculators.pop("fooocus", None)
 
 
+def test_a_patch_that_widens_an_input_layer_stays_the_hosts_while_our_loras_change(
+    host: Host, checkpoint: Checkpoint
+) -> None:
+    """As IC-Light's: once the host has merged it, it fits the layer that it has made wider itself."""
+    base, wide, name = bytes_of_bases(checkpoint), (4, 7, 3, 3), "diffusion_model.input_blocks.0.0.weight"
+    file = make_lora("cats", modules=["diffusion_model.blocks.0.attn", name.removesuffix(".weight")])
+    file.write(host)
+    value = values(*wide)
+    before_sampling = adds({name: ("diff", (value,))})
+    widened = torch.zeros(wide, dtype=torch.float64)
+    widened[:, :4] = checkpoint.weight(name)
+    for strength in (0.5, None, -0.7):
+        active = [] if strength is None else [Active(file, strength)]
+        image = generate(host, prompt("a cat", *active), before_sampling=before_sampling)
+        assert not image.comments
+        unet, te = exact_weights(checkpoint, active)
+        merged = widened + value.double()
+        if active:
+            merged[:, :4] += strength * file.deltas[name]
+        assert distance(image, checkpoint.exact("a cat", {**unet, name: merged}, te)) < EXACT
+        assert set(checkpoint.model.lora_loader.backup) == {name}
+    generate(host, "a cat")
+    assert bytes_of_bases(checkpoint) == base
+    assert hooks_of(checkpoint.model) == 0
+
+
 def test_a_file_of_another_kind_is_merged_by_the_host_and_read_anew_when_it_changes(
     host: Host, checkpoint: Checkpoint
 ) -> None:
