@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
         for ending, role in family.SUFFIXES.items()
     },
 }
+WHOLE_PARAMETERS = ("query_norm.scale", "key_norm.scale")
+"""Endings of keys that are parameters of the model, to be put in their place (BFL's control LoRAs)."""
+
+_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.weight$")
+"""PEFT's endings with the name of the adapter in them: `default`, `default_0`, or one of the user's."""
+
 _BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
 
@@ -32,8 +39,8 @@ class AdapterFile(Mapping["str | Target", Adapter]):
     """The adapters of one file: a mapping from module name to adapter.
 
     A name is a string, or a `Target` where the adapter concerns some rows of a fused weight.
-    unmatched: the keys that were not understood, or belong to no module of the key map;
-    layout: what the file looks like, for messages ("kohya", "PEFT", …).
+    unmatched: the keys that were not understood, or belong to no module of the key map, or name the same
+    layer under two names, the second time; layout: what the file looks like, for messages ("kohya", …).
     """
 
     adapters: Mapping[str | Target, Adapter]
@@ -67,17 +74,18 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
             unmatched.extend(keys)
             continue
         target, leading_rows = place
-        roles = {SUFFIXES[key[len(name) :]][0]: key for key in keys if key != name}
+        roles = {role: key for key in keys for role in [_meaning(key, name)[0]] if role}
         weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
         if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
             target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
-        if weight is not None:
-            adapters[target.name] = weight
-        if bias is not None:
-            adapters[target.bias().name] = bias
+        found = {place.name: part for place, part in ((target, weight), (target.bias(), bias)) if part}
+        if adapters.keys() & found.keys():  # the same layer under a second name
+            unmatched.extend(keys)
+            continue
+        adapters |= found
         taken = {roles[role] for role in used}
         unmatched.extend(key for key in keys if key not in taken)
-        layouts.update(SUFFIXES[key[len(name) :]][1] for key in taken)
+        layouts.update(_meaning(key, name)[1] for key in taken)
     del layouts[""]
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
     return AdapterFile(adapters, tuple(unmatched), layout)
@@ -128,11 +136,19 @@ class Asked(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+def _meaning(key: str, module: str) -> tuple[str, str]:
+    """What a key's tensor is, and the layout that writes it so; two empty strings where that is not known."""
+    if key == module:
+        return ("set_weight", "") if key.endswith(WHOLE_PARAMETERS) else ("", "")
+    return SUFFIXES[_NAMED.sub(r"\1.weight", key[len(module) :])]
+
+
 def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """The file's keys, grouped by module; a key of unknown ending stands alone under its own name."""
     modules: dict[str, list[str]] = {}
     for key in state_dict:
-        suffix = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
+        named = _NAMED.search(key)
+        suffix = named[0] if named else next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
         modules.setdefault(key.removesuffix(suffix), []).append(key)
     return modules
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters import Adapter, AdapterError, Target, read_adapters, to_forge_patch
 from lib_precision_lora.adapters.adapter import require_finite
+from lib_precision_lora.adapters.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
+from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.storage import StorageError, stored_weight
@@ -20,15 +22,8 @@ HostParser = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[dict[Any,
 WIDENED_BY_HOST = ("img_in.weight", "input_blocks.0.0.weight")
 """Input layers that the host widens where a file's tensor has more channels (control LoRAs)."""
 
-TEXT_ENCODER_PREFIXES = (
-    "lora_te",
-    "text_encoder",
-    "lora_prior_te",
-    "t5xxl.",
-    "clip_l.",
-    "clip_g.",
-    "clip_h.",
-)
+ENCODER_NUMBERS = {"clip_l": 1, "clip_h": 1, "clip_g": 2, "t5xxl": 3}
+"""The host's names of text encoders → their numbers in files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,17 +34,28 @@ class KeyMap:
     names: Mapping[str, Any]
 
 
+def key_map_of(model: nn.Module, names: Mapping[str, Any]) -> KeyMap:
+    """The host's names of a model, completed with those that it lacks."""
+
+    def shape_of(parameter: str) -> tuple[int, ...]:
+        return target_shape(model, Target(parameter))
+
+    parameters = [name for name, _ in model.named_parameters()]
+    return KeyMap(model, complete_key_map(names, parameters, shape_of))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FileMatch:
     """What one file does to the diffusion model and to the text encoders, in the host's patch format.
 
-    unmatched: keys that belong to nothing, those of an absent text encoder left out; summary: kinds and
-    ranks, for people.
+    unmatched: keys that belong to nothing; without_encoder: keys of text encoders that the checkpoint lacks;
+    bundled textual inversions, which are the host's, are in neither. summary: kinds and ranks, for people.
     """
 
     unet: Mapping[Any, Any]
     text_encoder: Mapping[Any, Any]
     unmatched: tuple[str, ...]
+    without_encoder: tuple[str, ...]
     summary: str
 
 
@@ -62,7 +68,8 @@ def match_file(
 ) -> FileMatch:
     """The patches of a file for these models; what we do not read goes through the host's own parser.
 
-    Raises `FileProblem` where nothing matches, and for what is damaged or has another shape.
+    Raises `FileProblem` where nothing matches, where what does not match is made for another architecture,
+    and for what is damaged or has another shape.
     """
     patches: list[dict[Any, Any]] = []
     kinds: Counter[str] = Counter()
@@ -96,17 +103,59 @@ def match_file(
                 elif key not in found:
                     found[key] = value
                     kinds[str(value[0])] += 1
-    if not any(patches):
-        raise FileProblem(
-            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) "
-            f"belongs to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}"
-        )
-    unmatched = tuple(
-        key for key in rest if text_encoder is not None or not key.startswith(TEXT_ENCODER_PREFIXES)
-    )
+    rest = {key: value for key, value in rest.items() if not key.startswith(BUNDLED_EMBEDDING)}
+    present = encoders_of(text_encoder)
+    without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
+    unmatched = tuple(key for key in rest if key not in without_encoder)
+    require_one_model(unet, patches, unmatched, state_dict, layout)
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    return FileMatch(patches[0], patches[1], unmatched, summary)
+    return FileMatch(patches[0], patches[1], unmatched, without_encoder, summary)
+
+
+def encoders_of(text_encoder: KeyMap | None) -> frozenset[int]:
+    """The numbers of the text encoders that there are. A CLIP-G alone is called the first one too, and what
+    the host calls otherwise may be any of them."""
+    if text_encoder is None:
+        return frozenset()
+    roots = {Target.parse(value).parameter.partition(".")[0] for value in text_encoder.names.values()}
+    if not roots <= ENCODER_NUMBERS.keys():
+        return frozenset(ENCODER_NUMBERS.values())
+    numbers = frozenset(ENCODER_NUMBERS[root] for root in roots)
+    return numbers if numbers != {2} else numbers | {1}
+
+
+def require_one_model(
+    unet: KeyMap,
+    patches: list[dict[Any, Any]],
+    unmatched: tuple[str, ...],
+    keys: Collection[str],
+    layout: str,
+) -> None:
+    """Raise `FileProblem` for a file of which nothing fits this model, or some speaks of another one.
+
+    patches: what fits, of the diffusion model and of the text encoders; keys: all of the file's.
+    """
+    model = model_of(Target.parse(value).parameter for value in unet.names.values())
+    strange, other = foreign(unmatched, model)
+    tensors = len(keys)
+    if patches[0] and strange:
+        raise FileProblem(
+            f"it mixes architectures: {len(strange)} of its {tensors} tensors are of {other} (the first is "
+            f"{strange[0]}), others fit the {model} that is loaded; use a file that was made for one model"
+        )
+    if strange:
+        raise FileProblem(
+            f"it was made for another model: {len(strange)} of its {tensors} tensors are of {other}, and "
+            f"none belongs to a layer of the {model} that is loaded"
+        )
+    if not any(patches):
+        looks = sorted({kind.label for kind in by_kind(keys)})
+        raise FileProblem(
+            f"it was made for another model: none of its {tensors} tensors ({layout} layout) belongs to a "
+            f"layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}; they look like "
+            f"{', '.join(looks)}"
+        )
 
 
 def check(model: nn.Module, target: Target, adapter: Adapter) -> bool:
