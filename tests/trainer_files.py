@@ -26,8 +26,8 @@ Name = Callable[[str], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """paths: whose names it starts from, "diffusers" or "authors"; name: what it makes of them; writer: which
-    tensors stand behind a name; norms: whether it trains them."""
+    """paths: whose names it starts from, "diffusers", "authors", "omi" or "fused"; name: what it makes of
+    them; writer: which tensors stand behind a name; norms: whether it trains them."""
 
     paths: str
     name: Name
@@ -98,6 +98,7 @@ UNET_LAYOUTS: Mapping[str, Layout] = {
     "diffusers, bare attention processors": Layout("diffusers", processors(""), "processors"),
     "OneTrainer, full names": Layout("diffusers", dotted("unet."), "kohya"),
     "OneTrainer for ComfyUI": Layout("authors", dotted("diffusion_model."), "PEFT with alpha"),
+    "OneTrainer, OMI": Layout("authors", dotted("unet."), "kohya"),
 }
 TRANSFORMER_LAYOUTS: Mapping[str, Layout] = {
     "kohya": Layout("authors", flat("lora_unet_"), "kohya"),
@@ -112,6 +113,8 @@ TRANSFORMER_LAYOUTS: Mapping[str, Layout] = {
     "OneTrainer": Layout("diffusers", flat("lora_transformer_"), "kohya"),
     "OneTrainer, full names": Layout("diffusers", dotted("transformer."), "kohya"),
     "OneTrainer for ComfyUI": Layout("authors", dotted("diffusion_model."), "PEFT with alpha"),
+    "OneTrainer, fused": Layout("fused", dotted("transformer."), "kohya"),
+    "OneTrainer, OMI": Layout("omi", dotted("transformer."), "kohya"),
     "authors' names": Layout("authors", dotted(""), "PEFT"),
     "authors' names, wrapped": Layout("authors", dotted("base_model.model."), "PEFT"),
     "authors' names, ai-toolkit": Layout("authors", dotted("diffusion_model."), "PEFT"),

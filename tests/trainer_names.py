@@ -187,3 +187,32 @@ def sd3(depth: int, hidden: int, parameters: Collection[str]) -> dict[str, Place
 def thirds(path: str, names: tuple[str, ...], module: str, hidden: int) -> dict[str, Place]:
     """q, k and v, in this order, in one weight."""
     return {path + name: Place(module, (index * hidden, hidden)) for index, name in enumerate(names)}
+
+
+def omi(authors: Places, hidden: int, ratio: int) -> dict[str, Place]:
+    """OneTrainer's OMI layout: authors' names, the parts of fused layers numbered."""
+    places: dict[str, Place] = {}
+    for path, place in authors.items():
+        if path.endswith("qkv"):
+            places |= thirds(f"{path}.", ("0", "1", "2"), place.module, hidden)
+        elif path.endswith("linear1"):
+            places |= thirds(f"{path}.", ("0", "1", "2"), place.module, hidden)
+            places[f"{path}.3"] = Place(place.module, (3 * hidden, ratio * hidden))
+        else:
+            places["img_in.proj" if path == "img_in" else path] = place
+    return places
+
+
+def fused(diffusers: Places) -> dict[str, Place]:
+    """OneTrainer's own names where it trains fused layers: those of diffusers, the parts under one name."""
+    names = {"attn.to_v": "attn.qkv", "attn2.to_v": "attn2.qkv", "attn.add_v_proj": "attn.added_qkv"}
+    places: dict[str, Place] = {}
+    for path, place in diffusers.items():
+        block, _, part = path.rpartition("attn")
+        if place.rows is None:
+            places[path] = place
+        elif path.startswith("single_") and path.endswith("proj_mlp"):
+            places[path.replace("proj_mlp", "qkv_mlp")] = Place(place.module)
+        elif not path.startswith("single_") and path.endswith(tuple(names)):
+            places[block + names["attn" + part]] = Place(place.module)
+    return places

@@ -126,15 +126,15 @@ def by_kind(keys: Iterable[str]) -> Mapping[Kind, list[str]]:
 def foreign(keys: Iterable[str], model: str | None) -> tuple[tuple[str, ...], str]:
     """The keys that speak of a model that this one is not, and which that is, in words; none where this one
     is not known."""
-    groups = {
-        kind: names
-        for kind, names in by_kind(keys).items()
+    kinds = {key: kind_of(key) for key in keys}
+    strange = {
+        key: kind
+        for key, kind in kinds.items()
         if model is not None and kind.models and model not in kind.models
     }
-    common = frozenset.intersection(*(kind.models for kind in groups)) if groups else frozenset()
-    who = sorted(common) if common else sorted({kind.label for kind in groups})
-    joined = (" or " if common else " and ").join(who)
-    return tuple(key for names in groups.values() for key in names), joined
+    common = frozenset.intersection(*(kind.models for kind in strange.values())) if strange else frozenset()
+    who = sorted(common) if common else sorted({kind.label for kind in strange.values()})
+    return tuple(strange), (" or " if common else " and ").join(who)
 
 
 def describe_leftover(keys: Iterable[str], shown: int = 8) -> str:

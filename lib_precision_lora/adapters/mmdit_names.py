@@ -1,8 +1,9 @@
 """What diffusers calls the layers of Flux, Chroma and SD 3, against the names of their authors.
 
-Source: the conversions of checkpoints, `convert_sd3_to_diffusers.py` and `single_file_utils.py` in
-huggingface/diffusers; the last context block and the final layer of SD 3 (and the final layer of Flux) keep
-scale before shift there. The parts of fused layers that are numbered (`qkv.0`) are OneTrainer's OMI layout.
+diffusers splits what the authors fuse (q, k and v; in Flux's single blocks the MLP too), and keeps scale
+before shift in the final layer of both and in SD 3's last context block. Source: the conversions of
+checkpoints in huggingface/diffusers, `scripts/convert_sd3_to_diffusers.py` and `single_file_utils.py`.
+OneTrainer has two layouts more: parts of fused layers numbered (`qkv.0`, OMI), and whole ones (`attn.qkv`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 FLUX_DOUBLE: Mapping[str, str] = {
+    "img_attn.qkv": "attn.qkv",
+    "txt_attn.qkv": "attn.added_qkv",
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
     "img_attn.norm.query_norm": "attn.norm_q",
@@ -26,12 +29,16 @@ FLUX_DOUBLE: Mapping[str, str] = {
     "txt_mlp.2": "ff_context.net.2",
 }
 FLUX_SINGLE: Mapping[str, str] = {
+    "linear1": "qkv_mlp",
     "linear2": "proj_out",
     "modulation.lin": "norm.linear",
     "norm.query_norm": "attn.norm_q",
     "norm.key_norm": "attn.norm_k",
 }
 SD3_BLOCK: Mapping[str, str] = {
+    "x_block.attn.qkv": "attn.qkv",
+    "x_block.attn2.qkv": "attn2.qkv",
+    "context_block.attn.qkv": "attn.added_qkv",
     "x_block.attn.proj": "attn.to_out.0",
     "x_block.attn2.proj": "attn2.to_out.0",
     "context_block.attn.proj": "attn.to_add_out",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import Adapter, AdapterError, Target, read_adapters, to_forge_patch
 from lib_precision_lora.adapters.adapter import require_finite
 from lib_precision_lora.adapters.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
+from lib_precision_lora.adapters.ia3 import IA3
 from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
@@ -86,8 +87,8 @@ def match_file(
                     if check(keys.model, target, adapter):
                         found[host_key(target)] = to_forge_patch(adapter)
                         kinds[describe(adapter)] += 1
-                    else:
-                        absent.append(target.parameter)
+                    elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
+                        absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             except AdapterError as error:
                 raise FileProblem(f"it cannot be applied: {error}") from error
             layout = file.layout if file.layout != "unknown" else layout

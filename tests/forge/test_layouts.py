@@ -40,7 +40,14 @@ class Subject:
         self.is_encoder = name in ENCODERS
         self.places: Mapping[str, Places] = {"authors": trainer_names.authors(self.shapes, root)}
         if not self.is_encoder:
-            self.places = {**self.places, "diffusers": diffusers(name, self.shapes)}
+            theirs = diffusers(name, self.shapes)
+            hidden = 128 if name.startswith("SD 3") else 64
+            self.places = {
+                **self.places,
+                "diffusers": theirs,
+                "fused": trainer_names.fused(theirs),
+                "omi": trainer_names.omi(self.places["authors"], hidden, 4),
+            }
 
     def match(self, forge: Forge, state: Mapping[str, Tensor]) -> FileMatch:
         other = KeyMap(self.tiny.model, {})
