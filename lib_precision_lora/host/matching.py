@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,21 +76,27 @@ def match_file(
     kinds: Counter[str] = Counter()
     rest = dict(state_dict)
     absent: list[str] = []
+    misfit = ""
     layout = "unknown"
     for keys in (unet, text_encoder):
         found: dict[Any, Any] = {}
         if keys is not None:
             try:
                 file = read_adapters(rest, keys.names)
-                for key, adapter in file.items():
-                    target = Target.parse(key)
-                    if check(keys.model, target, adapter):
-                        found[host_key(target)] = to_forge_patch(adapter)
-                        kinds[describe(adapter)] += 1
-                    elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
-                        absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             except AdapterError as error:
                 raise FileProblem(f"it cannot be applied: {error}") from error
+            for key, adapter in file.items():
+                target = Target.parse(key)
+                try:
+                    is_there = check(keys.model, target, adapter)
+                except AdapterError as error:
+                    misfit = misfit or str(error)
+                    continue
+                if is_there:
+                    found[host_key(target)] = to_forge_patch(adapter)
+                    kinds[describe(adapter)] += 1
+                elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
+                    absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             layout = file.layout if file.layout != "unknown" else layout
             rest = {key: rest[key] for key in file.unmatched}
         patches.append(found)
@@ -108,7 +114,17 @@ def match_file(
     present = encoders_of(text_encoder)
     without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
     unmatched = tuple(key for key in rest if key not in without_encoder)
-    require_one_model(unet, patches, unmatched, state_dict, layout)
+    model = model_of(Target.parse(value).parameter for value in unet.names.values())
+    require_one_model(model, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
+    if misfit:
+        raise FileProblem(f"it cannot be applied: {misfit}")
+    if not any(patches):
+        looks = ", ".join(sorted({kind.label for kind in by_kind(state_dict)}))
+        raise FileProblem(
+            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) belongs "
+            f"to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}; they look "
+            f"like {looks}"
+        )
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
     return FileMatch(patches[0], patches[1], unmatched, without_encoder, summary)
@@ -126,37 +142,21 @@ def encoders_of(text_encoder: KeyMap | None) -> frozenset[int]:
     return numbers if numbers != {2} else numbers | {1}
 
 
-def require_one_model(
-    unet: KeyMap,
-    patches: list[dict[Any, Any]],
-    unmatched: tuple[str, ...],
-    keys: Collection[str],
-    layout: str,
-) -> None:
-    """Raise `FileProblem` for a file of which nothing fits this model, or some speaks of another one.
+def require_one_model(model: str | None, unmatched: tuple[str, ...], tensors: int, in_part: bool) -> None:
+    """Raise `FileProblem` for a file that speaks of another architecture than the one that is loaded.
 
-    patches: what fits, of the diffusion model and of the text encoders; keys: all of the file's.
+    unmatched: its keys that belong to no layer, of so many tensors; in_part: the others fit.
     """
-    model = model_of(Target.parse(value).parameter for value in unet.names.values())
     strange, other = foreign(unmatched, model)
-    tensors = len(keys)
-    if patches[0] and strange:
+    if not strange:
+        return
+    share = f"{len(strange)} of its {tensors} tensors are of {other}"
+    if in_part:
         raise FileProblem(
-            f"it mixes architectures: {len(strange)} of its {tensors} tensors are of {other} (the first is "
-            f"{strange[0]}), others fit the {model} that is loaded; use a file that was made for one model"
+            f"it mixes architectures: {share} (the first is {strange[0]}), others fit the {model} that is "
+            "loaded; use a file that was made for one model"
         )
-    if strange:
-        raise FileProblem(
-            f"it was made for another model: {len(strange)} of its {tensors} tensors are of {other}, and "
-            f"none belongs to a layer of the {model} that is loaded"
-        )
-    if not any(patches):
-        looks = sorted({kind.label for kind in by_kind(keys)})
-        raise FileProblem(
-            f"it was made for another model: none of its {tensors} tensors ({layout} layout) belongs to a "
-            f"layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}; they look like "
-            f"{', '.join(looks)}"
-        )
+    raise FileProblem(f"it was made for another model: {share}, and the model that is loaded is {model}")
 
 
 def check(model: nn.Module, target: Target, adapter: Adapter) -> bool:

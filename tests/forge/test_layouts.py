@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters import Target
+from lib_precision_lora.adapters.architectures import FLUX, SD3, UNET, model_of
 from lib_precision_lora.branch.compose import Reordered, effective_weights
 from lib_precision_lora.branch.patch import Patch
+from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from tests import trainer_names
 from tests.forge.real_forge import Forge
@@ -102,3 +104,96 @@ def test_diffusers_names_leave_out_no_layer(subjects: Mapping[str, Subject], mod
     subject = subjects[model]
     named = {place.parameter for place in subject.places["diffusers"].values()}
     assert named == {place.parameter for place in subject.places["authors"].values()}
+
+
+def file_for(subjects: Mapping[str, Subject], model: str, layout: str) -> dict[str, Tensor]:
+    form, subject = LAYOUTS[model][layout], subjects[model]
+    return make_file(form, subject.places[form.paths], subject.shapes)[0]
+
+
+STRANGERS = [
+    ("SD 1.5", "Flux", "kohya", FLUX),
+    ("SD 1.5", "Flux", "diffusers, SimpleTuner, ai-toolkit", FLUX),
+    ("SD 1.5", "SD 3", "kohya", SD3),
+    ("SDXL", "Chroma", "OneTrainer", FLUX),
+    ("Flux", "SD 1.5", "kohya", UNET),
+    ("Flux", "SD 3", "kohya", SD3),
+    ("SD 3", "Flux", "kohya", FLUX),
+    ("SD 3", "SDXL", "kohya, SDXL", UNET),
+    ("Chroma", "SD 1.5", "diffusers with PEFT", UNET),
+]
+
+
+@pytest.mark.parametrize(("model", "other", "layout", "name"), STRANGERS)
+def test_a_file_for_another_architecture_is_refused_by_its_name(
+    forge: Forge, subjects: Mapping[str, Subject], model: str, other: str, layout: str, name: str
+) -> None:
+    """Also one whose text encoder keys would fit, as CLIP-L is the same in most models, or a few names that
+    all transformers share, as `final_layer.linear`, whose widths differ."""
+    subject, encoder = subjects[model], subjects["CLIP-L"]
+    state = file_for(subjects, other, layout) | file_for(subjects, "CLIP-L", "kohya")
+    with pytest.raises(FileProblem, match=r"^it (was made for another model|mixes architectures)") as refused:
+        match_file("test", state, subject.keys, encoder.keys, forge.lora.load_lora)
+    assert name in str(refused.value)
+    assert str(model_of(subject.shapes)) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("model", "other", "layout", "name"), STRANGERS)
+def test_a_file_that_mixes_architectures_is_refused_and_both_are_named(
+    forge: Forge, subjects: Mapping[str, Subject], model: str, other: str, layout: str, name: str
+) -> None:
+    mixed = file_for(subjects, model, "OneTrainer for ComfyUI") | file_for(subjects, other, layout)
+    with pytest.raises(FileProblem, match=r"^it mixes architectures") as refused:
+        subjects[model].match(forge, mixed)
+    assert name in str(refused.value)
+    assert str(model_of(subjects[model].shapes)) in str(refused.value)
+
+
+def test_a_hunyuan_file_that_has_fluxs_names_in_part_is_refused(
+    forge: Forge, subjects: Mapping[str, Subject]
+) -> None:
+    """musubi-tuner's names of Hunyuan Video's attention are kohya's of Flux, and the widths agree."""
+    state = {
+        key.replace("_img_mlp_0", "_img_mlp_fc1").replace("_modulation_lin", "_modulation_linear"): value
+        for key, value in file_for(subjects, "Flux", "kohya").items()
+    }
+    with pytest.raises(FileProblem, match=r"^it mixes architectures: .* of Hunyuan Video"):
+        subjects["Flux"].match(forge, state)
+
+
+def test_a_flux_file_on_chroma_lists_what_chroma_lacks(forge: Forge, subjects: Mapping[str, Subject]) -> None:
+    """Chroma is a Flux without modulation; the rest of a Flux file fits it, and people use it so."""
+    state = file_for(subjects, "Flux", "kohya")
+    match = subjects["Chroma"].match(forge, state)
+    lacking = (
+        "_mod_lin",
+        "_modulation_lin",
+        "_adaLN_modulation",
+        "_time_in_",
+        "_vector_in_",
+        "_guidance_in_",
+    )
+    expected = {key for key in state if any(part in key for part in lacking)}
+    assert expected
+    assert set(match.unmatched) == expected
+    assert len(match.unet) == len({key.partition(".")[0] for key in state.keys() - expected})
+
+
+def test_bundled_embeddings_and_absent_encoders_are_no_mismatch(
+    forge: Forge, subjects: Mapping[str, Subject]
+) -> None:
+    state = file_for(subjects, "SD 1.5", "kohya") | file_for(subjects, "CLIP-L", "kohya, SD 1.5")
+    state |= {"bundle_emb.cat.clip_l": torch.ones(2, 32)}
+    match = subjects["SD 1.5"].match(forge, state)
+    assert match.unmatched == ()
+    assert set(match.without_encoder) == {key for key in state if key.startswith("lora_te_")}
+
+
+def test_keys_of_no_known_layout_are_listed_and_not_fatal(
+    forge: Forge, subjects: Mapping[str, Subject]
+) -> None:
+    state = file_for(subjects, "Flux", "kohya")
+    extra = {"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2), "double_blocks.7.surprise": torch.ones(2)}
+    match = subjects["Flux"].match(forge, state | extra)
+    assert set(match.unmatched) == set(extra)
