@@ -142,9 +142,8 @@ def _outside_blocks(path: str) -> Iterator[Part]:
         name = f"distilled_guidance_layer.{kind}.{number}{end}"
     if name:
         omi = ("lora_unet_img_in_proj",) if path == "img_in" else ()
-        yield Part(
-            ("lora_transformer_" + _flat(name), *omi), swapped=path == "final_layer.adaLN_modulation.1"
-        )
+        swapped = path == "final_layer.adaLN_modulation.1"
+        yield Part(("lora_transformer_" + _flat(name), *omi), swapped=swapped)
 
 
 def _flat(name: str) -> str:

@@ -21,8 +21,8 @@ from tests.forge.real_forge import Forge
 from tests.forge.tiny_models import TINY_MODELS, Run, Tiny
 
 FAMILIES = ("oft", "oft-constraint", "boft", "boft-rescale", "ia3-out", "ia3-in", "ia3-peft-out")
-LARGEST_ERROR = 1e-3
-"""Measured: at most 2e-4, the noise of fp32 under these effects."""
+LARGEST_ERROR = 1e-4
+"""Measured: at most 1.7e-5 (the constrained OFT, whose effect is smallest): the noise of fp32."""
 
 READ_BY_BOTH = (".alpha",)
 """The host takes an alpha off the list of unknown keys, and does nothing with it."""

@@ -20,6 +20,7 @@ from lib_precision_lora.branch.patch import Patch
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from tests import trainer_names
+from tests.forge import small_flux
 from tests.forge.real_forge import Forge
 from tests.forge.tiny_models import TINY_MODELS, Tiny
 from tests.trainer_files import EVERY, LAYOUTS, make_file
@@ -109,6 +110,22 @@ def test_diffusers_names_leave_out_no_layer(subjects: Mapping[str, Subject], mod
 def file_for(subjects: Mapping[str, Subject], model: str, layout: str) -> dict[str, Tensor]:
     form, subject = LAYOUTS[model][layout], subjects[model]
     return make_file(form, subject.places[form.paths], subject.shapes)[0]
+
+
+@pytest.mark.parametrize("kind", ["NF4", "Q4_K", "FP8"])
+def test_names_of_fused_parts_mean_the_same_rows_in_every_stored_format(forge: Forge, kind: str) -> None:
+    """A packed weight's own shape is that of its bytes."""
+    stored = small_flux.stored(forge, kind)
+    exact = small_flux.load(forge, small_flux.random_state(small_flux.flux_of(small_flux.SIZES)), stored.run)
+    ours = {
+        name: target
+        for name, target in key_map_of(stored.model, stored.key_map).names.items()
+        if name not in stored.key_map
+    }
+    assert ours == {name: key_map_of(exact.model, exact.key_map).names[name] for name in ours}
+    assert ours["lora_unet_single_blocks_0_linear1_3"] == Target(
+        "diffusion_model.single_blocks.0.linear1.weight", (768, 1024)
+    )
 
 
 STRANGERS = [
