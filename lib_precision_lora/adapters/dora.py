@@ -26,7 +26,6 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".dora_scale": ("dora_scale", ""),
     ".lora_magnitude_vector": ("magnitude", "PEFT"),
     ".lora_magnitude_vector.weight": ("magnitude", "PEFT"),
-    ".lora_magnitude_vector.default.weight": ("magnitude", "PEFT"),
 }
 
 

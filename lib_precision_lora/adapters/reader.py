@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
         for ending, role in family.SUFFIXES.items()
     },
 }
+_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)$")
+"""PEFT's endings with the name of the adapter in them: `default`, `default_0`, or one of the user's."""
+
 _BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
 
@@ -44,8 +48,8 @@ class AdapterFile(Mapping["str | Target", Adapter]):
     """The adapters of one file: a mapping from module name to adapter.
 
     A name is a string, or a `Target` where the adapter concerns some rows of a fused weight.
-    unmatched: the keys that were not understood, or belong to no module of the key map;
-    layout: what the file looks like, for messages ("kohya", "PEFT", …).
+    unmatched: the keys that were not understood, or belong to no module of the key map, or name the same
+    layer under two names, the second time; layout: what the file looks like, for messages ("kohya", …).
     """
 
     adapters: Mapping[str | Target, Adapter]
@@ -85,10 +89,11 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
         weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
         if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
             target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
-        if weight is not None:
-            adapters[target.name] = weight
-        if bias is not None:
-            adapters[target.bias().name] = bias
+        found = {place.name: part for place, part in ((target, weight), (target.bias(), bias)) if part}
+        if adapters.keys() & found.keys():  # the same layer under a second name
+            unmatched.extend(keys)
+            continue
+        adapters |= found
         taken = {roles[role] for role in used}
         unmatched.extend(key for key in keys if key not in taken)
         layouts.update(meanings[key][1] for key in taken)
@@ -155,7 +160,8 @@ def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """The file's keys, grouped by module; a key of unknown ending stands alone under its own name."""
     modules: dict[str, list[str]] = {}
     for key in state_dict:
-        suffix = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
+        named = _NAMED.search(key)
+        suffix = named[0] if named else next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
         modules.setdefault(key.removesuffix(suffix), []).append(key)
     return modules
 
@@ -164,7 +170,7 @@ def _meaning(name: str, key: str, whole: frozenset[str]) -> tuple[str, str]:
     """What the tensor under a module's key is ("" where nobody knows), and the layout that writes it so."""
     if key in whole:
         return "set_weight", ""
-    return SUFFIXES.get(key[len(name) :], ("", ""))
+    return SUFFIXES.get(_NAMED.sub(r"\1.\2", key[len(name) :]), ("", ""))
 
 
 def _target(name: str, key_map: Mapping[str, Any] | None) -> tuple[Target, bool] | None:

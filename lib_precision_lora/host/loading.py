@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from lib_precision_lora.adapters.architectures import by_kind, describe_leftover
 from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
-from lib_precision_lora.host.matching import FileMatch, KeyMap, match_file
+from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.patchers import KeptPatchers
 
@@ -139,7 +140,7 @@ class NetworkLoader:
         """The host's names for a model's parameters, made in a dictionary of its own: the host's default
         one is shared by all models and would carry names from one to the next."""
         if model not in self._key_maps:
-            self._key_maps[model] = KeyMap(weakref.proxy(model), dict(make(model, {})))
+            self._key_maps[model] = key_map_of(weakref.proxy(model), make(model, {}))
         return self._key_maps[model]
 
 
@@ -171,8 +172,10 @@ def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
     """One line for the log: what the file does, and what of it was not used."""
     skipped = ""
     if match.unmatched:
-        shown = ", ".join(match.unmatched[:8]) + (", …" if len(match.unmatched) > 8 else "")
-        skipped = f"; {len(match.unmatched)} keys belong to no layer: {shown}"
+        skipped = f"; {len(match.unmatched)} keys belong to no layer: {describe_leftover(match.unmatched)}"
+    if match.without_encoder:
+        encoders = ", ".join(sorted({kind.label for kind in by_kind(match.without_encoder)}))
+        skipped += f"; {len(match.without_encoder)} keys are for what is not loaded: {encoders}"
     logger.info(
         "LoRA %s: %d layers of the model at %g, %d of the text encoder at %g (%s)%s",
         name,

@@ -19,6 +19,9 @@ from lib_precision_lora.adapters import (
     to_forge_patch,
 )
 from lib_precision_lora.adapters.adapter import require_finite
+from lib_precision_lora.adapters.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
+from lib_precision_lora.adapters.ia3 import IA3
+from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.storage import StorageError, stored_weight
@@ -29,15 +32,8 @@ INPUT_LAYERS = ("img_in.weight", "input_blocks.0.0.weight")
 """Where a file may have another number of input channels than the checkpoint, as control LoRAs do; anywhere
 else that is the sign of another model."""
 
-TEXT_ENCODER_PREFIXES = (
-    "lora_te",
-    "text_encoder",
-    "lora_prior_te",
-    "t5xxl.",
-    "clip_l.",
-    "clip_g.",
-    "clip_h.",
-)
+ENCODER_NUMBERS = {"clip_l": 1, "clip_h": 1, "clip_g": 2, "t5xxl": 3}
+"""The host's names of text encoders → their numbers in files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,17 +44,28 @@ class KeyMap:
     names: Mapping[str, Any]
 
 
+def key_map_of(model: nn.Module, names: Mapping[str, Any]) -> KeyMap:
+    """The host's names of a model, completed with those that it lacks."""
+
+    def shape_of(parameter: str) -> tuple[int, ...]:
+        return target_shape(model, Target(parameter))
+
+    parameters = [name for name, _ in model.named_parameters()]
+    return KeyMap(model, complete_key_map(names, parameters, shape_of))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FileMatch:
     """What one file does to the diffusion model and to the text encoders, in the host's patch format.
 
-    unmatched: keys that belong to nothing, those of an absent text encoder left out; summary: kinds and
-    ranks, for people.
+    unmatched: keys that belong to nothing; without_encoder: keys of text encoders that the checkpoint lacks;
+    bundled textual inversions, which are the host's, are in neither. summary: kinds and ranks, for people.
     """
 
     unet: Mapping[Any, Any]
     text_encoder: Mapping[Any, Any]
     unmatched: tuple[str, ...]
+    without_encoder: tuple[str, ...]
     summary: str
 
 
@@ -71,28 +78,34 @@ def match_file(
 ) -> FileMatch:
     """The patches of a file for these models; what we do not read goes through the host's own parser.
 
-    Raises `FileProblem` where nothing matches, and for what is damaged or has another shape.
+    Raises `FileProblem` where nothing matches, where what does not match is made for another architecture,
+    and for what is damaged or has another shape.
     """
     patches: list[dict[Any, Any]] = []
     kinds: Counter[str] = Counter()
     rest = dict(state_dict)
     absent: list[str] = []
+    misfit = ""
     layout = "unknown"
     for keys in (unet, text_encoder):
         found: dict[Any, Any] = {}
         if keys is not None:
             try:
                 file = read_adapters(rest, keys.names)
-                for key, adapter in file.items():
-                    target = Target.parse(key)
-                    patch = patch_of(keys.model, target, adapter)
-                    if patch is not None:
-                        found[host_key(target)] = patch
-                        kinds[describe(patch)] += 1
-                    else:
-                        absent.append(target.parameter)
             except AdapterError as error:
                 raise FileProblem(f"it cannot be applied: {error}") from error
+            for key, adapter in file.items():
+                target = Target.parse(key)
+                try:
+                    patch = patch_of(keys.model, target, adapter)
+                except AdapterError as error:
+                    misfit = misfit or str(error)
+                    continue
+                if patch is not None:
+                    found[host_key(target)] = patch
+                    kinds[describe(patch)] += 1
+                elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
+                    absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             layout = file.layout if file.layout != "unknown" else layout
             rest = {key: rest[key] for key in file.unmatched}
         patches.append(found)
@@ -106,17 +119,53 @@ def match_file(
                 elif key not in found:
                     found[key] = value
                     kinds[str(value[0])] += 1
+    rest = {key: value for key, value in rest.items() if not key.startswith(BUNDLED_EMBEDDING)}
+    present = encoders_of(text_encoder)
+    without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
+    unmatched = tuple(key for key in rest if key not in without_encoder)
+    model = model_of(Target.parse(value).parameter for value in unet.names.values())
+    require_one_model(model, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
+    if misfit:
+        raise FileProblem(f"it cannot be applied: {misfit}")
     if not any(patches):
+        looks = ", ".join(sorted({kind.label for kind in by_kind(state_dict)}))
         raise FileProblem(
-            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) "
-            f"belongs to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}"
+            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) belongs "
+            f"to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}; they look "
+            f"like {looks}"
         )
-    unmatched = tuple(
-        key for key in rest if text_encoder is not None or not key.startswith(TEXT_ENCODER_PREFIXES)
-    )
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    return FileMatch(patches[0], patches[1], unmatched, summary)
+    return FileMatch(patches[0], patches[1], unmatched, without_encoder, summary)
+
+
+def encoders_of(text_encoder: KeyMap | None) -> frozenset[int]:
+    """The numbers of the text encoders that there are. A CLIP-G alone is called the first one too, and what
+    the host calls otherwise may be any of them."""
+    if text_encoder is None:
+        return frozenset()
+    roots = {Target.parse(value).parameter.partition(".")[0] for value in text_encoder.names.values()}
+    if not roots <= ENCODER_NUMBERS.keys():
+        return frozenset(ENCODER_NUMBERS.values())
+    numbers = frozenset(ENCODER_NUMBERS[root] for root in roots)
+    return numbers if numbers != {2} else numbers | {1}
+
+
+def require_one_model(model: str | None, unmatched: tuple[str, ...], tensors: int, in_part: bool) -> None:
+    """Raise `FileProblem` for a file that speaks of another architecture than the one that is loaded.
+
+    unmatched: its keys that belong to no layer, of so many tensors; in_part: the others fit.
+    """
+    strange, other = foreign(unmatched, model)
+    if not strange:
+        return
+    share = f"{len(strange)} of its {tensors} tensors are of {other}"
+    if in_part:
+        raise FileProblem(
+            f"it mixes architectures: {share} (the first is {strange[0]}), others fit the {model} that is "
+            "loaded; use a file that was made for one model"
+        )
+    raise FileProblem(f"it was made for another model: {share}, and the model that is loaded is {model}")
 
 
 def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch | None:

@@ -50,6 +50,11 @@ def other_architecture(tensors: Tensors) -> None:
         tensors[key.replace("lora_", "lora_unet_double_blocks_7_")] = tensors.pop(key)
 
 
+def mixed_architectures(tensors: Tensors) -> None:
+    tensors["lora_unet_double_blocks_7_img_mod_lin.lora_up.weight"] = torch.randn(8, 2)
+    tensors["lora_unet_double_blocks_7_img_mod_lin.lora_down.weight"] = torch.randn(2, 8)
+
+
 def other_width(tensors: Tensors) -> None:
     tensors[f"{LAYER}.lora_down.weight"] = torch.randn(2, 9)
 
@@ -91,6 +96,10 @@ def alpha_of_two_numbers(tensors: Tensors) -> None:
 
 DAMAGE: Mapping[str, tuple[Callable[[Host, str], Path], str]] = {
     "other architecture": (written(other_architecture), "another model"),
+    "mixed architectures": (
+        written(mixed_architectures),
+        "mixes architectures: 2 of its .* are of Flux or Chroma .* fit the SD 1.5 or SDXL",
+    ),
     "wrong width": (written(other_width), "another model"),
     "wrong shape of a diff": (written(wrong_diff), "another model"),
     "NaN": (written(lambda tensors: fill(tensors, f"{LAYER}.lora_up.weight", torch.nan)), "NaN"),

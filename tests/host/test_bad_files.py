@@ -149,6 +149,47 @@ def test_a_few_unmatched_keys_are_listed_and_not_fatal(host: Host, checkpoint: C
     assert distance(image, exact_output(checkpoint, "a cat", [Active(cats)])) < EXACT
 
 
+def test_bundled_embeddings_are_left_to_the_host(host: Host, checkpoint: Checkpoint) -> None:
+    cats = make_lora("cats")
+    bundled = {f"bundle_emb.cat.{name}": torch.full((2, 4), torch.nan) for name in ("clip_l", "clip_g")}
+    cats.with_tensors(lambda tensors: tensors.update(bundled)).write(host)
+    with log_lines(level=20) as lines:
+        image = generate(host, "a cat<lora:cats:1>")
+    assert not image.comments
+    assert not any("bundle_emb" in line or "belong to no layer" in line for line in lines), lines
+    assert distance(image, exact_output(checkpoint, "a cat", [Active(cats)])) < EXACT
+
+
+def test_a_file_of_embeddings_alone_is_told_about(host: Host, checkpoint: Checkpoint) -> None:
+    cats = make_lora("cats")
+
+    def only_embeddings(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.clear()
+        tensors["bundle_emb.cat.clip_l"] = torch.ones(2, 4)
+
+    cats.with_tensors(only_embeddings).write(host)
+    image = generate(host, "a cat<lora:cats:1>")
+    assert len(image.comments) == 1
+    assert "textual inversions" in image.comments[0]
+
+
+def test_keys_of_an_encoder_that_is_not_loaded_are_told_apart(host: Host, checkpoint: Checkpoint) -> None:
+    """The checkpoint has CLIP-L: what is for T5 and CLIP-G is no mismatch, but is not applied either."""
+    cats = make_lora("cats")
+    names = (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+    )
+    extra = {f"{name}.lora_{end}.weight": torch.ones(2, 2) for name in names for end in ("up", "down")}
+    cats.with_tensors(lambda tensors: tensors.update(extra)).write(host)
+    with log_lines(level=20) as lines:
+        image = generate(host, "a cat<lora:cats:1>")
+    assert any("4 keys are for what is not loaded: text encoder CLIP-G" in line for line in lines), lines
+    assert not any("belong to no layer" in line for line in lines), lines
+    assert not image.comments
+    assert distance(image, exact_output(checkpoint, "a cat", [Active(cats)])) < EXACT
+
+
 def test_text_encoder_keys_count_for_nothing_where_there_is_no_such_encoder(host: Host) -> None:
     checkpoint = load_checkpoint(host, lambda: Checkpoint(host, text_encoder=False))
     cats = make_lora("cats")

@@ -1,0 +1,146 @@
+"""Which models a file's names speak of: for keys that match nothing, and files made for another model.
+
+The names are those that trainers write, judged by their path alone: a path that several architectures share
+counts as any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lib_precision_lora.adapters.layouts import bare_name, text_encoder_path
+
+UNET, FLUX, SD3 = "SD 1.5 or SDXL", "Flux or Chroma", "SD 3"
+BUNDLED_EMBEDDING = "bundle_emb."
+"""What bundled textual inversions are filed under; they are the WebUI's, not ours."""
+
+_MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
+    (label, frozenset(members), re.compile(pattern))
+    for label, members, pattern in (
+        ("Wan", {"Wan"}, r"blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
+        ("Wan", {"Wan"}, r"blocks_\d+_attn[12]_|condition_embedder_"),
+        (
+            "Hunyuan Video",
+            {"Hunyuan Video"},
+            r".*(?:_(?:img|txt)_(?:mlp_fc\d|mod_linear)|single_blocks_\d+_modulation_linear)"
+            r"|txt_in_(?:individual_token_refiner|c_embedder|t_embedder)",
+        ),
+        (
+            "Hunyuan Video or Flux",
+            {"Hunyuan Video", FLUX},
+            r"double_blocks_\d+_(?:img|txt)_attn_|single_blocks_\d+_linear[12]",
+        ),
+        (
+            "Flux 2",
+            {"Flux 2"},
+            r"(?:double|single)_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"
+            r"|(?:single_)?transformer_blocks_\d+_ff(?:_context)?_linear_(?:in|out)",
+        ),
+        (FLUX, {FLUX}, r"(?:double|single)_blocks_\d+_|distilled_guidance_layer_|guidance_in_|vector_in_"),
+        ("HiDream", {"HiDream"}, r"(?:double|single)_stream_blocks_\d+_"),
+        ("AuraFlow", {"AuraFlow"}, r"joint_transformer_blocks_\d+_|(?:double|single)_layers_\d+_"),
+        (SD3, {SD3}, r"joint_blocks_\d+_"),
+        ("Qwen-Image", {"Qwen-Image"}, r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_"),
+        (
+            "Flux or Hunyuan Video, in diffusers' names",
+            {FLUX, "Hunyuan Video", "AuraFlow"},
+            r"single_transformer_blocks_\d+_",
+        ),
+        (
+            "SD 3, Flux or another transformer, in diffusers' names",
+            {SD3, FLUX, "Hunyuan Video", "Qwen-Image", "Flux 2"},
+            r"transformer_blocks_\d+_(?:attn2?_|ff_|norm1_)",
+        ),
+        ("PixArt or LTX-Video", {"PixArt or LTX-Video"}, r"transformer_blocks_\d+_attn1_"),
+        ("Lumina or Z-Image", {"Lumina or Z-Image"}, r"layers_\d+_(?:attention|feed_forward|adaLN)"),
+        ("Lumina or Z-Image", {"Lumina or Z-Image"}, r"(?:noise|context)_refiner_\d+_"),
+        ("AnimateDiff", {"AnimateDiff", UNET}, r".*motion_modules_"),
+        (UNET, {UNET}, r"(?:input_blocks|output_blocks|down_blocks|up_blocks)_\d+_|(?:mid|middle)_block_"),
+    )
+)
+"""(what to call it, which models have such a path, the path with underscores), the most telling first. A
+diffusers SD 3.5 has `attn2` beside `attn`; PixArt and LTX-Video have `attn1` and `attn2`."""
+
+_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (label, re.compile(pattern))
+    for label, pattern in (
+        ("textual inversions, which are the WebUI's", r"bundle_emb\.|emb_params$|string_to_param"),
+        ("OneTrainer's OFT, which is not read yet", r".*\.oft_R\."),
+        ("kohya's OFT for Flux, which is not read yet", r".*\.oft_blocks\.\d+$"),
+        ("PEFT's OFT or BOFT, which are not read yet", r".*\.(?:oft_r|boft_[RsP])\b"),
+        ("Stable Cascade", r"lora_prior_"),
+    )
+)
+_ENCODERS = {1: "text encoder CLIP-L", 2: "text encoder CLIP-G of SDXL or SD 3", 3: "text encoder T5"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a key looks like. models: those that have such a layer, none where that is not known."""
+
+    label: str
+    models: frozenset[str] = frozenset()
+    text_encoder: int | None = None
+
+
+UNKNOWN = Kind("no layout that is known")
+
+
+def kind_of(key: str) -> Kind:
+    """What a key of a file looks like."""
+    for label, pattern in _OTHERS:
+        if pattern.match(key):
+            return Kind(label)
+    number, path = text_encoder_path(bare_name(key))
+    if number is not None:
+        return Kind(_ENCODERS[number], text_encoder=number)
+    for label, models, pattern in _MODELS:
+        if pattern.match(path):
+            return Kind(label, models)
+    return UNKNOWN
+
+
+def model_of(parameters: Iterable[str]) -> str | None:
+    """Which architecture a model is, by the names of its parameters; None for one that is not known here."""
+    for parameter in parameters:
+        for architecture, blocks in (
+            (FLUX, "diffusion_model.double_blocks."),
+            (SD3, "diffusion_model.joint_blocks."),
+            (UNET, "diffusion_model.input_blocks."),
+        ):
+            if parameter.startswith(blocks):
+                return architecture
+    return None
+
+
+def by_kind(keys: Iterable[str]) -> Mapping[Kind, list[str]]:
+    """Keys grouped by what they look like."""
+    groups: dict[Kind, list[str]] = {}
+    for key in keys:
+        groups.setdefault(kind_of(key), []).append(key)
+    return groups
+
+
+def foreign(keys: Iterable[str], model: str | None) -> tuple[tuple[str, ...], str]:
+    """The keys that speak of a model that this one is not, and which that is, in words; none where this one
+    is not known."""
+    kinds = {key: kind_of(key) for key in keys}
+    strange = {
+        key: kind
+        for key, kind in kinds.items()
+        if model is not None and kind.models and model not in kind.models
+    }
+    common = frozenset.intersection(*(kind.models for kind in strange.values())) if strange else frozenset()
+    who = sorted(common) if common else sorted({kind.label for kind in strange.values()})
+    return tuple(strange), (" or " if common else " and ").join(who)
+
+
+def describe_leftover(keys: Iterable[str], shown: int = 8) -> str:
+    """One clause for the log: how many keys look like what, with the first names of each kind."""
+    groups = sorted(by_kind(keys).items(), key=lambda group: -len(group[1]))
+    return "; ".join(
+        f"{len(names)} of {kind.label} ({', '.join(names[:shown])}{', …' if len(names) > shown else ''})"
+        for kind, names in groups
+    )

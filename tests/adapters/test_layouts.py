@@ -1,0 +1,224 @@
+"""Every name that trainers write finds its parameter, and its rows, in a key map like the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_precision_lora.adapters import LoRA, Target, read_adapters
+from lib_precision_lora.adapters.key_map import complete_key_map
+from tests import trainer_names
+from tests.oracles import swap_halves
+from tests.trainer_files import EVERY, LAYOUTS, make_file
+from tests.trainer_names import Places
+
+HIDDEN, RATIO = 8, 4
+Whereabouts = tuple[str, tuple[int, int] | None, bool]
+"""Parameter, rows, whether halves are swapped."""
+
+CLIP = [
+    f"text_model.encoder.layers.{layer}.{part}"
+    for layer in range(2)
+    for part in (
+        *(f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")),
+        "mlp.fc1",
+        "mlp.fc2",
+        "layer_norm1",
+        "layer_norm2",
+    )
+] + ["text_model.embeddings.token_embedding", "text_model.final_layer_norm", "text_projection"]
+CLIP_OF_THE_HOST = ("self_attn", "mlp.fc")
+T5 = [
+    f"encoder.block.{layer}.layer.{part}"
+    for layer in range(2)
+    for part in (
+        *(f"0.SelfAttention.{letter}" for letter in "qkvo"),
+        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+    )
+] + ["shared", "encoder.final_layer_norm"]
+
+
+class Everything(Container[str]):
+    """A model that has whatever parameter is asked for."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def diffusers(model: str) -> Places:
+    everything: Any = Everything()
+    return {
+        "SD 1.5": lambda: trainer_names.unet(2, everything),
+        "SDXL": lambda: trainer_names.unet(2, everything),
+        "Flux": lambda: trainer_names.flux(2, 2, HIDDEN, RATIO),
+        "Chroma": lambda: trainer_names.chroma(2, 2, HIDDEN, RATIO, 2),
+        "SD 3": lambda: trainer_names.sd3(3, HIDDEN, everything),
+        "SD 3.5": lambda: trainer_names.sd3(3, HIDDEN, everything),
+    }[model]()
+
+
+ROOTS = {"CLIP-L": "clip_l.transformer.", "CLIP-G": "clip_g.transformer.", "T5": "t5xxl.transformer."}
+
+
+def parameters(model: str) -> list[str]:
+    """All that the model has, in the host's names; a CLIP-G has a CLIP-L beside it."""
+    if model == "T5":
+        return [f"{ROOTS[model]}{module}.weight" for module in T5]
+    if model in ROOTS:
+        roots = [ROOTS["CLIP-L"]] + [ROOTS["CLIP-G"]] * (model == "CLIP-G")
+        return [f"{root}{module}.weight" for root in roots for module in CLIP]
+    return sorted({place.parameter for place in diffusers(model).values()})
+
+
+def shape_of(parameter: str) -> tuple[int, ...]:
+    if parameter.endswith("qkv.weight"):
+        return 3 * HIDDEN, HIDDEN
+    if parameter.endswith("linear1.weight"):
+        return (3 + RATIO) * HIDDEN, HIDDEN
+    return (HIDDEN,) if "norm" in parameter.rpartition(".")[0].rpartition(".")[2] else (HIDDEN, HIDDEN)
+
+
+def host_names(model: str, known: Iterable[str]) -> dict[str, Any]:
+    """What the host's own key map has: authors' names, diffusers' of the U-Net and of Flux, CLIP's layers."""
+    names: dict[str, Any] = {}
+    for parameter in known:
+        module, _, attribute = parameter.rpartition(".")
+        root, _, path = module.partition(".")
+        flat = path.removeprefix("transformer.").replace(".", "_")
+        if root == "diffusion_model":
+            names[module if attribute == "weight" else parameter] = parameter
+            if attribute == "weight":
+                names[f"lora_unet_{flat}"] = parameter
+        elif root == "t5xxl":
+            names |= {f"lora_te{number}_{flat}": parameter for number in (1, 2, 3)}
+        elif any(part in path for part in CLIP_OF_THE_HOST):
+            dotted = path.removeprefix("transformer.")
+            if root == "clip_l":
+                names |= {f"lora_te_{flat}": parameter, f"lora_te1_{flat}": parameter}
+            number = {"clip_l": "", "clip_g": "_2"}[root]
+            names[f"text_encoder{number}.{dotted}"] = parameter
+            names.setdefault(f"lora_te2_{flat}", parameter) if root == "clip_g" else None
+        elif path.endswith("text_projection") and root == "clip_g":
+            names["text_encoder.text_projection"] = parameter
+    if model in ("SD 1.5", "SDXL"):
+        for path, place in diffusers(model).items():
+            flat, processor = path.replace(".", "_"), path.replace(".to_", ".processor.to_")
+            processor = processor.removesuffix(".0") if processor.endswith("to_out.0") else processor
+            keys = (f"lora_unet_{flat}", f"lycoris_{flat}", processor, f"unet.{processor}")
+            names |= dict.fromkeys(keys, place.parameter)
+    if model == "Flux":
+        for path, place in diffusers(model).items():
+            rows = place.rows and (0, *place.rows)
+            target: Any = (place.parameter, rows) if rows else place.parameter
+            if place.swapped:
+                target = (place.parameter, None, swap_halves)
+            flat = path.replace(".", "_")
+            keys = (f"transformer.{path}", f"lycoris_{flat}", f"lora_transformer_{flat}")
+            names |= dict.fromkeys(keys, target)
+    return names
+
+
+def places_of(model: str, paths: str) -> Places:
+    authors = trainer_names.authors(parameters(model), ROOTS.get(model, "diffusion_model."))
+    if paths == "authors":
+        return authors
+    if paths == "omi":
+        return trainer_names.omi(authors, HIDDEN, RATIO)
+    return trainer_names.fused(diffusers(model)) if paths == "fused" else diffusers(model)
+
+
+def whereabouts(target: Target) -> Whereabouts:
+    function = target.row_function
+    swapped = function is not None and function(torch.arange(4)).tolist() == [2, 3, 0, 1]
+    assert swapped or function is None
+    return target.parameter, target.rows, swapped
+
+
+@pytest.mark.parametrize(("model", "layout"), EVERY)
+def test_every_name_finds_its_parameter_and_its_rows(model: str, layout: str) -> None:
+    form, known = LAYOUTS[model][layout], parameters(model)
+    shapes = {parameter: shape_of(parameter) for parameter in known}
+    key_map = complete_key_map(host_names(model, known), known, shape_of)
+    expected, actual = {}, {}
+    for path, place in places_of(model, form.paths).items():
+        state, _ = make_file(form, {path: place}, shapes)
+        if not state:
+            continue
+        file = read_adapters(state, key_map)
+        assert file.unmatched == ()
+        whole_qkv = form.writer == "XLabs" and path.endswith("linear1")
+        rows = (0, 3 * HIDDEN) if whole_qkv else place.rows
+        expected[path] = [(place.parameter, rows, place.swapped)]
+        actual[path] = [whereabouts(Target.parse(target)) for target in file]
+    assert len(expected) > 3
+    assert actual == expected
+
+
+def pair(out: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.ones(out, 2), torch.ones(2, 5)
+
+
+def test_the_hosts_names_stay_but_for_the_projection_of_clip_l() -> None:
+    """The host files CLIP-G's projection under CLIP-L's name; the two have different widths."""
+    known = [f"{root}text_projection.weight" for root in (ROOTS["CLIP-L"], ROOTS["CLIP-G"])]
+    theirs = {"text_encoder.text_projection": known[1], "lora_te2_text_projection": "the host's"}
+    complete = complete_key_map(theirs, known, shape_of)
+    assert complete["text_encoder.text_projection"] == known[0]
+    assert complete["lora_te2_text_projection"] == "the host's"
+    assert theirs["text_encoder.text_projection"] == known[1], "the host's own map stays as it is"
+    assert complete_key_map(theirs, known[1:], shape_of)["text_encoder.text_projection"] == known[1]
+
+
+def test_a_clip_g_alone_is_the_text_encoder() -> None:
+    known = [f"{ROOTS['CLIP-G']}{module}.weight" for module in CLIP]
+    up, down = pair()
+    state = {f"lora_te_{CLIP[6].replace('.', '_')}.lora_up.weight": up}
+    state |= {f"lora_te_{CLIP[6].replace('.', '_')}.lora_down.weight": down}
+    assert set(read_adapters(state, complete_key_map({}, known, shape_of))) == {known[6]}
+
+
+def test_a_layer_under_two_names_is_read_once_and_listed_once() -> None:
+    up, down = pair()
+    state = {"lora_unet_a_b.lora_up.weight": up, "lora_unet_a_b.lora_down.weight": down}
+    state |= {"unet.a.b.lora_B.weight": 2 * up, "unet.a.b.lora_A.weight": down}
+    file = read_adapters(state, {"lora_unet_a_b": "diffusion_model.a.b.weight"})
+    (adapter,) = file.values()
+    assert isinstance(adapter, LoRA)
+    assert torch.equal(adapter.up, up)
+    assert file.unmatched == ("unet.a.b.lora_B.weight", "unet.a.b.lora_A.weight")
+
+
+@pytest.mark.parametrize("adapter", ["default", "default_0", "my-style"])
+def test_an_adapters_name_in_pefts_keys_is_no_part_of_the_layers(adapter: str) -> None:
+    up, down = pair()
+    state = {f"a.lora_B.{adapter}.weight": up, f"a.lora_A.{adapter}.weight": down}
+    state[f"a.lora_magnitude_vector.{adapter}.weight"] = torch.ones(6)
+    file = read_adapters(state)
+    assert {name: found.kind for name, found in file.items()} == {"a": "dora"}
+    assert (file.layout, file.unmatched) == ("PEFT", ())
+
+
+def test_a_control_loras_biases_and_norms_are_read() -> None:
+    up, down = pair()
+    state = {
+        "double_blocks.0.img_attn.proj.lora_B.weight": up,
+        "double_blocks.0.img_attn.proj.lora_A.weight": down,
+    }
+    state["double_blocks.0.img_attn.proj.lora_B.bias"] = torch.ones(6)
+    state["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.ones(3)
+    block = "diffusion_model.double_blocks.0.img_attn."
+    names: Mapping[str, str] = {
+        f"{block}proj": f"{block}proj.weight",
+        f"{block}norm.key_norm.scale": f"{block}norm.key_norm.scale",
+    }
+    file = read_adapters(state, names)
+    assert {name: found.kind for name, found in file.items()} == {
+        f"{block}proj.weight": "lora",
+        f"{block}proj.bias": "diff",
+        f"{block}norm.key_norm.scale": "set",
+    }
+    assert file.unmatched == ()
