@@ -93,7 +93,7 @@ class ConvInput:
     def base(self, turns: Sequence[Turn]) -> Tensor:
         if id(turns) not in self._base:
             shift = self._turn(turns)
-            size = enlargement(self.x, shift, tuple(range(shift.ndim)))
+            size = enlargement(shift, tuple(range(shift.ndim)))
             enlarged = (shift * size).to(self.sample.dtype)
             enlarged = enlarged if self.wide is None else self.wide.own_part(enlarged)
             self._base[id(turns)] = positions(self.module.forward(enlarged[None])), size.flatten()

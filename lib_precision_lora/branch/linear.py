@@ -58,7 +58,7 @@ class LinearInput:
 
     def base(self, turns: Sequence[Turn]) -> Tensor:
         shift = turn(self.x.float(), turns)
-        size = enlargement(self.x, shift, (-1,))
+        size = enlargement(shift, (-1,))
         shift = (shift * size).to(self.x.dtype)
         y: Tensor = self.module.forward(shift if self.wide is None else self.wide.own_part(shift)).float()
         bias = getattr(self.module, "bias", None)
@@ -78,15 +78,15 @@ def turn(x: Tensor, turns: Sequence[Turn]) -> Tensor:
     return total
 
 
-def enlargement(x: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The power of two s for which `(module(s · shift) − b) / s` rounds least: s · shift is as large as x.
+def enlargement(shift: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The power of two s ≥ 1 for which `(module(s · shift) − b) / s` rounds least: s · shift is large.
 
     A small shift alone would leave the module as `W0 · shift + b`, rounded at the size of the bias, and in
-    fp16 might be below the normal range. s ≥ 1, and s · shift stays below LARGEST_ENLARGED, so that no
-    output leaves the range of fp16 that would not without s, on rows of absolute sum up to 2000.
+    fp16 might be below the normal range. s · shift stays at or below LARGEST_ENLARGED, so that no output
+    leaves the range of fp16 that would not without s, on rows of absolute sum up to 2000.
     axes: those over which one s is common, kept as axes of 1.
     """
-    return (magnitude(x, axes).clamp(max=LARGEST_ENLARGED) / magnitude(shift, axes)).clamp(1.0, 2.0**24)
+    return (LARGEST_ENLARGED / magnitude(shift, axes)).clamp(1.0, 2.0**24)
 
 
 def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:

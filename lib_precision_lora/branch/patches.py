@@ -58,7 +58,7 @@ class PatchInput:
 
         def product(block: Tensor) -> Tensor:
             shift = turn(block, turns)
-            scale = enlargement(block, shift, (-1,))
+            scale = enlargement(shift, (-1,))
             enlarged = (shift * scale).to(self.sample.dtype).view(-1, *size)
             y: Tensor = type(self.module).forward(by_patch, enlarged).float().flatten(1)
             return (y if self.module.bias is None else y.sub_(self.module.bias.to(y))).div_(scale)
