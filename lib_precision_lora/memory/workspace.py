@@ -11,6 +11,7 @@ h = min(out, W / (8 t)); a dense remainder is brought to fp32 in blocks of at mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,5 +65,6 @@ def _of_layer(load: Load, request: Request) -> int:
         tokens = min(request.tokens(layer.flow), max(1, bound))
         columns = 2 * layer.columns
     height = min(layer.rows, max(1, WORKSPACE_BYTES // (8 * tokens)))
-    dense = 2 * DENSE_BLOCK_BYTES if load.dense else 0
+    whole = 4 * layer.rows * layer.columns * math.prod(layer.kernel)
+    dense = 2 * min(DENSE_BLOCK_BYTES, whole) if load.dense else 0
     return 4 * tokens * (columns + 3 * rank + height) + dense

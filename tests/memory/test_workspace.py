@@ -29,7 +29,7 @@ def test_the_bounds_are_those_that_the_branches_keep() -> None:
     assert workspace.DENSE_BLOCK_BYTES == rows.DENSE_BLOCK_BYTES
 
 
-@pytest.mark.parametrize(("size", "height", "width"), [(256, 64, 64), (1024, 512, 768), (2048, 512, 512)])
+@pytest.mark.parametrize(("size", "height", "width"), [(256, 64, 64), (1024, 256, 384)])
 @pytest.mark.parametrize("name", ["lora", "lora-conv", "diff"])
 def test_a_forward_takes_what_the_plan_says(
     name: str, size: int, height: int, width: int, tmp_path: Path
@@ -49,15 +49,17 @@ def test_a_forward_takes_what_the_plan_says(
     module = nn.Conv2d(width, height, 3, padding=1) if conv else nn.Linear(width, height)
     side = size // 16
     x = torch.ones(1, width, side, side) if conv else torch.ones(1, side * side, width)
-    model = nn.ModuleDict({"layer": module.requires_grad_(False)})
+    module, x = module.to(torch.bfloat16).requires_grad_(False), x.to(torch.bfloat16)
+    model = nn.ModuleDict({"layer": module})
     session = PatchSession(model)
     session.apply([("file", {"layer.weight": next(iter(read_adapters(tensors).values()))}, 1.0)])
-    base = module(x)
+    base = torch.zeros(1, height, side, side) if conv else torch.zeros(1, side * side, height)
+    base = base.to(torch.bfloat16)
     module.forward = lambda x: base  # type: ignore[method-assign]
     module(x)
     measured = metered(lambda: module(x)).peak
-    assert measured > 0
-    assert abs(planned - measured) <= 32 * MIB
+    assert 0 < measured <= planned
+    assert planned - measured <= 32 * MIB
 
 
 def test_nothing_is_planned_where_nothing_is_patched() -> None:
