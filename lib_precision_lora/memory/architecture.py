@@ -101,12 +101,12 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             return CHROMA
         return FLUX_DEV if "guidance_in.in_layer.weight" in shapes else FLUX_SCHNELL
     if "joint_blocks.0.context_block.attn.qkv.weight" in shapes and "x_embedder.proj.weight" in shapes:
-        if shapes["x_embedder.proj.weight"][0] // 64 > 24:
+        if sum(shapes["x_embedder.proj.weight"][:1]) > 24 * 64:
             return SD35_LARGE
         dual = "joint_blocks.0.x_block.attn2.qkv.weight" in shapes
         return SD35_MEDIUM if dual else SD3_MEDIUM
     if "input_blocks.0.0.weight" in shapes:
-        context = {shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name)}
+        context = {sum(shape[1:2]) for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name)}
         if len(context) == 1 and context <= _BY_CONTEXT.keys():
             return _BY_CONTEXT[context.pop()]
         raise UnknownArchitectureError(

@@ -114,7 +114,7 @@ def _lokr_sizes(factors: Factors, half: bool) -> tuple[int, ...]:
     else:
         left = _held(factors.get("lokr_w1"))
     core = factors.get("lokr_t2")
-    if core is None or "lokr_w2_b" not in factors:
+    if core is None or not {"lokr_w2_a", "lokr_w2_b"} <= factors.keys():
         right = tuple(
             _held(factors[part]) for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b") if part in factors
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,15 @@ class LoraLayer:
     def nbytes(self) -> int:
         """Of everything that the file has for this layer."""
         return sum(factor.nbytes for factor in self.factors.values())
+
+    @property
+    def fits_its_place(self) -> bool:
+        """Whether up and down make the rows and columns of the place; True where that cannot be told."""
+        if self.place is None or "mid" in self.factors or not {"up", "down"} <= self.factors.keys():
+            return True
+        layer, up, down = self.place.layer, self.factors["up"], self.factors["down"]
+        made = sum(up.shape[:1]), math.prod(down.shape[1:])
+        return made == (self.place.stop - self.place.start, layer.columns * math.prod(layer.kernel))
 
     def _bytes(self, role: str) -> int:
         return self.factors[role].nbytes if role in self.factors else 0

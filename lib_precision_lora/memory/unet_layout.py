@@ -85,5 +85,5 @@ def _up(prefixes: Collection[str], deepest: int) -> Iterator[Block]:
         index += 1
         for place in (f"{name}.1.conv", f"{name}.2.conv"):
             if place in prefixes:
-                yield Block(place, f"{here}.upsamplers.0.conv", level - 1)
-                level, index = level - 1, 0
+                yield Block(place, f"{here}.upsamplers.0.conv", max(0, level - 1))
+                level, index = max(0, level - 1), 0

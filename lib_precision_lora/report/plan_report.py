@@ -14,7 +14,7 @@ from lib_precision_lora.memory.checkpoint import MODEL, Checkpoint, read_checkpo
 from lib_precision_lora.memory.factor_sizes import factor_sizes
 from lib_precision_lora.memory.held import Storage
 from lib_precision_lora.memory.host_estimate import host_inference_bytes
-from lib_precision_lora.memory.lora_header import LoraHeader, LoraLayer, read_lora_header
+from lib_precision_lora.memory.lora_header import LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Places
 from lib_precision_lora.memory.workspace import workspace_bytes
 from lib_precision_lora.report.quantities import mebibytes
@@ -223,24 +223,12 @@ def _notes(loras: Sequence[LoraHeader], architecture: Architecture) -> Iterator[
             )
         elif unmatched:
             yield f"{lora.path}: {len(unmatched)} layers are of no known name: {_some(unmatched)}."
-        wrong = [layer.name for layer in lora.model if not fits_its_layer(layer)]
+        wrong = [layer.name for layer in lora.model if not layer.fits_its_place]
         if wrong:
             yield (
                 f"{lora.path}: {len(wrong)} layers have another shape than {architecture.name}'s, it was "
                 f"trained for another model: {_some(wrong)}."
             )
-
-
-def fits_its_layer(adapter: LoraLayer) -> bool:
-    """Whether a LoRA's factors make the rows and columns of its place; True where that cannot be told."""
-    factors, place = adapter.factors, adapter.place
-    if place is None or "mid" in factors or not {"up", "down"} <= factors.keys():
-        return True
-    up, down = factors["up"], factors["down"]
-    columns = place.layer.columns
-    for size in place.layer.kernel:
-        columns *= size
-    return up.shape[:1] == (place.stop - place.start,) and down.elements == down.shape[0] * columns
 
 
 def _some(names: Sequence[str]) -> str:

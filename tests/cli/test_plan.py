@@ -21,6 +21,7 @@ from tests.memory.checkpoints import (
     flux,
     sdxl_unet,
     stored_as,
+    write_gguf_hole,
     write_hole,
 )
 
@@ -49,6 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     packed, states = as_nf4(flux())
     return {
         "flux": write_hole(folder / "flux.safetensors", whole),
+        "gguf": write_gguf_hole(folder / "flux.gguf", flux()),
         "nf4": write_hole(folder / "nf4.safetensors", packed, states),
         "sdxl": write_hole(folder / "sdxl.safetensors", stored_as("F16", sdxl_unet(), MODEL)),
         "lora": write_hole(folder / "lora.safetensors", kohya(flux(), 16)),
@@ -66,14 +68,17 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, d
     return code, json.loads(out)
 
 
-def test_twelve_gigabytes_are_planned_in_two_seconds_and_without_torch(files: dict[str, Path]) -> None:
-    assert files["flux"].stat().st_size > 12 * 10**9
+@pytest.mark.parametrize("model", ["flux", "gguf"])
+def test_twelve_gigabytes_are_planned_in_two_seconds_and_without_torch(
+    files: dict[str, Path], model: str
+) -> None:
+    assert files[model].stat().st_size > 12 * 10**9
     code = (
         "import sys\n"
         "from tests.cli.budget_double import install_if_missing\n"
         "install_if_missing()\n"
         "from lib_precision_lora.cli import main\n"
-        f"code = main(['plan', {str(files['flux'])!r}, {str(files['lora'])!r}, '--card', '24GiB'])\n"
+        f"code = main(['plan', {str(files[model])!r}, {str(files['lora'])!r}, '--card', '24GiB'])\n"
         "assert not {'torch', 'numpy', 'gguf', 'safetensors'} & sys.modules.keys(), 'imported'\n"
         "sys.exit(code)\n"
     )
@@ -129,6 +134,7 @@ def test_json_is_one_object_with_every_number_of_the_budget(
         ("nf4", "lora", ["--card", "2GiB", "--free", "1GiB"], 1, "Does not fit: "),
         ("nf4", "lora", ["--card", "2GiB", "--free", "1GiB", "--inference", "256MiB"], 0, "Runs, slower: "),
         ("nf4", None, ["--card", "1GiB", "--inference", "2GiB"], 1, ""),
+        ("gguf", "lora", ["--card", "16GiB"], 0, "Fits: "),
         ("nf4", None, ["--card", "24GiB"], 0, "Fits: there are no LoRAs"),
     ],
 )

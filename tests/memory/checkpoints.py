@@ -284,3 +284,27 @@ def as_nf4(
         tensors[f"{key}.quant_state.bitsandbytes__nf4"] = ("U8", (len(state),))
         filled[f"{key}.quant_state.bitsandbytes__nf4"] = state
     return tensors, filled
+
+
+def write_gguf_hole(path: Path, shapes: Shapes) -> Path:
+    """A GGUF file with its matrices as Q8_0 and the rest in fp32, whose data is a hole."""
+    import gguf
+    import numpy as np
+
+    writer, end = gguf.GGUFWriter(path, "flux"), 0
+    for name, shape in shapes.items():
+        if len(shape) == 2 and shape[1] % 32 == 0:
+            nbytes, kind = math.prod(shape) // 32 * 34, gguf.GGMLQuantizationType.Q8_0
+            stored: Sequence[int] = (shape[0], shape[1] // 32 * 34)
+            writer.add_tensor_info(name, stored, np.dtype(np.uint8), nbytes, raw_dtype=kind)
+        else:
+            nbytes = 4 * math.prod(shape)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes)
+        end += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(-(-path.stat().st_size // 32) * 32 + end)
+    return path

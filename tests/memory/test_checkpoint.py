@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib_precision_lora.memory.architecture import Request
 from lib_precision_lora.memory.checkpoint import Checkpoint, read_checkpoint
@@ -277,3 +279,40 @@ def test_the_hosts_estimate_is_never_below_one_gibibyte_and_grows_with_pixels_an
     assert host_inference_bytes(512, 512, 1) == 2**30
     assert host_inference_bytes(1024, 1024, 1) == int(1.28 * 2 * 128 * 128 * 2 * 16384)
     assert host_inference_bytes(2048, 1024, 3) == int(1.28 * 6 * 256 * 128 * 2 * 16384)
+
+
+TELLING = (
+    "double_blocks.0.img_attn.qkv.weight",
+    "distilled_guidance_layer.in_proj.weight",
+    "joint_blocks.0.context_block.attn.qkv.weight",
+    "x_embedder.proj.weight",
+    "input_blocks.0.0.weight",
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    "input_blocks.1.0.op.weight",
+    "output_blocks.0.0.in_layers.2.weight",
+    "output_blocks.0.1.conv.weight",
+    "output_blocks.1.2.conv.weight",
+    "middle_block.1.weight",
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.dictionaries(
+        st.sampled_from(TELLING), st.lists(st.sampled_from([0, 1, 2, 768, 1600]), max_size=3), min_size=1
+    )
+)
+def test_known_names_of_any_shape_are_counted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, list[int]]
+) -> None:
+    path = write_hole(
+        tmp_path_factory.getbasetemp() / "any.safetensors",
+        {name: ("F16", shape) for name, shape in shapes.items()},
+    )
+    try:
+        checkpoint = read_checkpoint(path)
+    except HeaderError:
+        return
+    request = Request(64, 64, images=1, text_tokens=77)
+    assert checkpoint.model.held_bytes("nf4") >= 0
+    assert all(request.tokens(layer.flow) > 0 for layer in checkpoint.model.layers)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,12 +18,13 @@ from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.adapters.reader import SUFFIXES
 from lib_precision_lora.adapters.terms import Dense
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.memory.architecture import Flow
+from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer, read_checkpoint
 from lib_precision_lora.memory.factor_sizes import factor_sizes
 from lib_precision_lora.memory.headers import HeaderError
 from lib_precision_lora.memory.lora_header import ROLES, LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Place, Places
+from lib_precision_lora.memory.workspace import workspace_bytes
 from tests.families import FAMILIES, family
 from tests.memory.checkpoints import (
     MODEL,
@@ -234,3 +237,25 @@ def test_names_of_another_model_find_nothing(tmp_path: Path) -> None:
     names = ["lora_unet_double_blocks_19_img_attn_qkv", "transformer.transformer_blocks.0.attn.to_x", "", "."]
     places = places_of(tmp_path, (chroma(), MODEL))
     assert dict(found(places, names)) == dict.fromkeys(names)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.dictionaries(
+        st.sampled_from(sorted(ROLES)), st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=6
+    )
+)
+def test_factors_of_any_shape_are_counted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, list[int]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    write_hole(path, {f"layer{ending}": ("F32", shape) for ending, shape in shapes.items()})
+    try:
+        header = read_lora_header(path, OneLayer())  # type: ignore[arg-type]
+    except HeaderError:
+        return
+    request = Request(64, 64, images=1, text_tokens=77)
+    for half in (False, True):
+        assert all(size >= 0 for size in factor_sizes(header.model, half))
+    assert workspace_bytes(header.model, request) >= 0
+    assert all(isinstance(layer.fits_its_place, bool) for layer in header.model)
