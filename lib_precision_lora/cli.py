@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_precision_lora demo | inspect`.
+"""The command line: `python -m lib_precision_lora demo | inspect | plan`.
 
 Exit codes: 0 fine, 1 findings, 2 bad input. Reports go to the standard output, errors to the standard error.
 """
@@ -16,6 +16,7 @@ from lib_precision_lora import __version__
 
 FINE, FINDINGS, BAD_INPUT = 0, 1, 2
 SMALLEST, LARGEST, STEP = 256, 4096, 256
+LARGEST_COUNT = 4096
 
 
 class BadInputError(ValueError):
@@ -74,7 +75,41 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("lora", type=Path, metavar="LORA.safetensors")
     inspect.add_argument("--json", action="store_true", help="the result as one JSON object")
     inspect.set_defaults(run=run_inspect_command)
+    add_plan_parser(commands)
     return top
+
+
+def add_plan_parser(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a checkpoint and LoRAs fit a card, from the files' headers alone",
+        description="Reads no weights and needs no GPU: says what checkpoint, LoRAs and generation take of a "
+        "card, and whether it runs with everything on the card, with LoRAs streamed, or with a part of the "
+        "model in RAM. What does not run gives exit code 1. Amounts: 12GiB, 12GB, 12288MiB or bytes.",
+    )
+    plan.add_argument("model", type=Path, metavar="MODEL", help="a .safetensors or .gguf checkpoint")
+    plan.add_argument("loras", type=Path, nargs="*", metavar="LORA", help="LoRAs, as .safetensors")
+    plan.add_argument("--card", required=True, metavar="AMOUNT", help="memory of the card")
+    plan.add_argument("--free", metavar="AMOUNT", help="what of it is free (default: all but 512MiB)")
+    plan.add_argument("--size", default="1024x1024", metavar="WxH", help="of the image (default: 1024x1024)")
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    plan.add_argument(
+        "--storage",
+        choices=("as-is", "nf4", "fp4", "fp8", "fp16", "bf16"),
+        default="as-is",
+        help="'Diffusion in Low Bits' (default: as-is, the host's Automatic)",
+    )
+    plan.add_argument(
+        "--compute", choices=("auto", "fp16", "fp32"), default="auto", help="compute mode (default: auto)"
+    )
+    plan.add_argument("--cfg", type=float, metavar="SCALE", help="guidance scale; 1 halves the tokens")
+    plan.add_argument(
+        "--text-tokens", type=int, metavar="N", help="of the prompt (default: as the host pads)"
+    )
+    plan.add_argument("--margin", default="0", metavar="AMOUNT", help="memory to leave unused (default: 0)")
+    plan.add_argument("--inference", metavar="AMOUNT", help="for the generation itself (default: as Forge)")
+    plan.add_argument("--json", action="store_true", help="the result as one JSON object")
+    plan.set_defaults(run=run_plan_command)
 
 
 def run_demo_command(options: argparse.Namespace) -> int:
@@ -133,6 +168,49 @@ def run_inspect_command(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(inspection_text(inspection))
     return FINDINGS if inspection.findings else FINE
+
+
+def run_plan_command(options: argparse.Namespace) -> int:
+    from lib_precision_lora.memory.headers import HeaderError
+    from lib_precision_lora.memory.held import StorageChoiceError
+    from lib_precision_lora.report.amounts import AmountError, parse_bytes, parse_size
+    from lib_precision_lora.report.plan_report import Wish, make_plan
+    from lib_precision_lora.report.plan_text import plan_text, shows_blocks
+
+    for name, number in (("--batch", options.batch), ("--text-tokens", options.text_tokens)):
+        if number is not None and not 1 <= number <= LARGEST_COUNT:
+            raise BadInputError(f"{name} {number}: the number must be from 1 to {LARGEST_COUNT}.")
+    if options.cfg is not None and not 0 <= options.cfg <= LARGEST_COUNT:
+        raise BadInputError(f"--cfg {options.cfg:g}: the scale must be from 0 to {LARGEST_COUNT}.")
+    try:
+        width, height = parse_size(options.size, "--size")
+        wish = Wish(
+            model=options.model,
+            loras=tuple(options.loras),
+            card_bytes=parse_bytes(options.card, "--card", least=1),
+            width=width,
+            height=height,
+            batch=options.batch,
+            storage=options.storage,
+            compute=options.compute,
+            margin_bytes=parse_bytes(options.margin, "--margin"),
+            free_bytes=None if options.free is None else parse_bytes(options.free, "--free"),
+            inference_bytes=None
+            if options.inference is None
+            else parse_bytes(options.inference, "--inference"),
+            text_tokens=options.text_tokens,
+            cfg=options.cfg,
+        )
+        report = make_plan(wish)
+    except StorageChoiceError as error:
+        raise BadInputError(f"{options.model}: {error}.") from error
+    except (AmountError, HeaderError) as error:
+        raise BadInputError(str(error)) from error
+    if options.json:
+        write_json(report.as_object())
+    else:
+        sys.stdout.write(plan_text(report, shows_blocks(sys.stdout.encoding)))
+    return FINE if report.fits else FINDINGS
 
 
 def write_json(value: dict[str, Any]) -> None:

@@ -124,7 +124,11 @@ def test_help_names_the_commands_that_are_there(capsys: pytest.CaptureFixture[st
         main(["--help"])
     commands = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert caught.value.code == 0
-    assert [word for word in commands if word in ("demo", "inspect", "plan", "check")] == ["demo", "inspect"]
+    assert [word for word in commands if word in ("demo", "inspect", "plan", "check")] == [
+        "demo",
+        "inspect",
+        "plan",
+    ]
 
 
 @pytest.mark.parametrize("package", ["gguf", "bitsandbytes"])

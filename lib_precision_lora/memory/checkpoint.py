@@ -1,0 +1,179 @@
+"""What a checkpoint holds, from its header: the architecture, its components, their layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lib_precision_lora.memory.architecture import (
+    Architecture,
+    Flow,
+    UnknownArchitectureError,
+    flow_of,
+    recognize,
+)
+from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
+from lib_precision_lora.memory.held import Storage, check_choice, held_bytes, own_storage
+from lib_precision_lora.memory.packed_weights import logical_tensors
+from lib_precision_lora.memory.unet_layout import unet_blocks
+
+MODEL = "diffusion model"
+MODEL_PREFIX = "model.diffusion_model."
+COMPONENTS: Mapping[str, str] = {
+    MODEL_PREFIX: MODEL,
+    "cond_stage_model.transformer.": "CLIP-L",
+    "cond_stage_model.model.": "CLIP-H",
+    "conditioner.embedders.0.transformer.": "CLIP-L",
+    "conditioner.embedders.0.model.": "CLIP-G",
+    "conditioner.embedders.1.model.": "CLIP-G",
+    "text_encoders.clip_l.transformer.": "CLIP-L",
+    "text_encoders.clip_g.transformer.": "CLIP-G",
+    "text_encoders.t5xxl.transformer.": "T5",
+    "first_stage_model.": "VAE",
+    "vae.": "VAE",
+}
+"""How the names of a component's parameters begin in a host's checkpoint."""
+
+UNUSED = "other"
+"""Tensors that the host does not load: averages of a training, its schedule."""
+
+TEXT_ENCODERS = ("CLIP-L", "CLIP-G", "CLIP-H", "T5")
+NO_LAYERS = re.compile(r"(^|.*[._])(embeddings?|token_embedding|position_embedding|shared|embed_tokens|"
+                       r"relative_attention_bias|pos_embed|register)\.weight")  # fmt: skip
+OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+OPEN_CLIP_PARTS: Mapping[str, tuple[str, ...]] = {
+    "attn.in_proj_weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj.weight": ("self_attn.out_proj",),
+    "mlp.c_fc.weight": ("mlp.fc1",),
+    "mlp.c_proj.weight": ("mlp.fc2",),
+}
+"""Matrices of OpenCLIP → the host's layers made from each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear or convolutional layer: a [rows, columns, *kernel] weight.
+
+    name: within its component, without `.weight`; stored, nbytes: as in the file.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    kernel: tuple[int, ...]
+    stored: str
+    nbytes: int
+    flow: Flow
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a checkpoint; tensors by name, without the component's prefix."""
+
+    name: str
+    layout: str
+    tensors: Mapping[str, StoredTensor]
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @cached_property
+    def file_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def stored(self) -> str:
+        """How the host holds it when nothing else is chosen."""
+        return own_storage(tuple(self.tensors.values()), self.layout)
+
+    def held_bytes(self, storage: Storage = "as-is") -> int:
+        """What it takes on the card. Raises `StorageChoiceError` where the host cannot convert it so."""
+        check_choice(self.stored, storage)
+        linear = {f"{layer.name}.weight" for layer in self.layers if not layer.kernel}
+        return sum(
+            held_bytes(tensor, name in linear, self.stored, storage) for name, tensor in self.tensors.items()
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """components by name, in the file's order; the diffusion model is always among them."""
+
+    path: Path
+    nbytes: int
+    layout: str
+    architecture: Architecture
+    components: Mapping[str, Component]
+
+    @property
+    def model(self) -> Component:
+        return self.components[MODEL]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a safetensors or GGUF file, from its header.
+
+    A file of a diffusion model alone may name its parameters without a prefix. Raises `HeaderError`: not
+    readable, or no diffusion model that is known.
+    """
+    header = read_header(path)
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    tensors = logical_tensors(header)
+    bare = not any(name.startswith(MODEL_PREFIX) for name in tensors)
+    for name, tensor in tensors.items():
+        prefix = MODEL_PREFIX if bare else next((known for known in COMPONENTS if name.startswith(known)), "")
+        component = COMPONENTS.get(prefix, UNUSED)
+        parts.setdefault(component, {})[name.removeprefix(prefix)] = tensor
+    model = parts.get(MODEL, {})
+    try:
+        architecture = recognize({name: tensor.shape for name, tensor in model.items()})
+    except UnknownArchitectureError as error:
+        raise HeaderError(f"{path}: {error}; is it a checkpoint of another model, or a LoRA?") from error
+    components = {}
+    for name, found in parts.items():
+        if name == MODEL:
+            layers = tuple(_model_layers(architecture, found))
+        else:
+            layers = tuple(_text_layers(found)) if name in TEXT_ENCODERS else ()
+        components[name] = Component(name, header.layout, found, layers)
+    return Checkpoint(path, header.nbytes, header.layout, architecture, components)
+
+
+def _model_layers(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
+    levels = {block.name: block.level for block in unet_blocks(tensors)}
+    numbers = [re.match(r"(double|single)_blocks\.(\d+)\.", name) for name in tensors]
+    doubles, singles = (
+        len({match[2] for match in numbers if match and match[1] == kind}) for kind in ("double", "single")
+    )
+    for name, tensor in tensors.items():
+        if _is_layer(name, tensor):
+            layer = name.removesuffix(".weight")
+            flow = flow_of(architecture.family, layer, levels, (doubles, singles))
+            yield _layer(layer, tensor, tensor.shape[0], flow)
+
+
+def _text_layers(tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
+    """The layers of a text encoder under the host's names, whichever the file's are."""
+    for name, tensor in tensors.items():
+        match = OPEN_CLIP.fullmatch(name)
+        if match is not None:
+            made = OPEN_CLIP_PARTS.get(match[2], ())
+            for part in made:
+                layer = f"text_model.encoder.layers.{match[1]}.{part}"
+                yield _layer(layer, tensor, tensor.shape[0] // len(made), Flow("text"))
+        elif _is_layer(name, tensor):
+            yield _layer(name.removesuffix(".weight"), tensor, tensor.shape[0], Flow("text"))
+
+
+def _is_layer(name: str, tensor: StoredTensor) -> bool:
+    return name.endswith(".weight") and len(tensor.shape) >= 2 and NO_LAYERS.fullmatch(name) is None
+
+
+def _layer(name: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer:
+    nbytes = tensor.nbytes * rows // tensor.shape[0] if tensor.shape[0] else 0
+    return Layer(name, rows, tensor.shape[1], tensor.shape[2:], tensor.stored, nbytes, flow)

@@ -1,0 +1,63 @@
+"""bitsandbytes' 4-bit weights in a safetensors file, as the weights that they stand for.
+
+`X.weight` holds two codes per byte; beside it stand `X.weight.absmax`, `.quant_map`, for nested statistics
+`.nested_absmax` and `.nested_quant_map`, and `X.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): a few
+hundred bytes of JSON with the logical shape. Source: `QuantState.as_dict` of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from lib_precision_lora.memory.tensors import Header, HeaderError, StoredTensor
+
+MARK = ".quant_state.bitsandbytes__"
+STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+LARGEST_STATE = 2**16
+
+
+def logical_tensors(header: Header) -> dict[str, StoredTensor]:
+    """The file's tensors, a packed weight as one of its logical shape, with the bytes of its statistics.
+
+    Reads the quant states, and nothing else of the data. Raises `HeaderError` for one that is damaged.
+    """
+    states = {name.partition(MARK)[0]: name for name in header.tensors if MARK in name}
+    if not states:
+        return dict(header.tensors)
+    belonging = {weight + ending for weight in states for ending in STATISTICS} | set(states.values())
+    tensors = {}
+    with header.path.open("rb") as file:
+        for name, tensor in header.tensors.items():
+            if name in belonging:
+                continue
+            if name in states:
+                state = header.tensors[states[name]]
+                file.seek(state.offset)
+                shape = _shape(header, state, file.read(min(state.nbytes, LARGEST_STATE)))
+                if tensor.nbytes != -(-math.prod(shape) // 2):
+                    raise HeaderError(
+                        f"{header.path}: {name} has {tensor.nbytes} bytes, its quant state says shape "
+                        f"{list(shape)}; the file is damaged, download it again."
+                    )
+                statistics = (header.tensors.get(name + ending) for ending in STATISTICS)
+                nbytes = tensor.nbytes + sum(part.nbytes for part in statistics if part is not None)
+                kind = state.name.partition(MARK)[2].upper()
+                tensor = StoredTensor(name, shape, kind, nbytes, tensor.offset)
+            tensors[name] = tensor
+    return tensors
+
+
+def _shape(header: Header, state: StoredTensor, text: bytes) -> tuple[int, ...]:
+    try:
+        entries: Any = json.loads(text)
+        shape = tuple(entries["shape"])
+        if all(type(number) is int and number >= 0 for number in shape):
+            return shape
+        reason = f"the shape is {list(shape)}"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error)
+    raise HeaderError(
+        f"{header.path}: {state.name} cannot be read ({reason}); the file is damaged, download it again."
+    )
