@@ -24,7 +24,6 @@ from tests.memory.checkpoints import (
     write_hole,
 )
 
-install_if_missing()
 GIB = 2**30
 FLUX_PARAMETERS = 11_901_408_320
 
