@@ -172,7 +172,7 @@ def test_the_bias_of_a_lora_is_added_to_the_layers(folder: Path) -> None:
     assert sum(key.endswith("lora_B.bias") for key in file) == 2
     merged, base, adapters = wrapped.double().merge_and_unload(), base.double(), read(file)
     assert adapters.unmatched == ()
-    x = torch.randn(3, 10, 24).double()
+    x = torch.randn(3, 10, 48).double()
     with torch.no_grad(), PatchSession(base) as session:
         before = base(x)
         session.apply([("file", adapters, 1.0)])

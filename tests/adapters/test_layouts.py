@@ -210,13 +210,16 @@ def test_a_control_loras_biases_and_norms_are_read() -> None:
     }
     state["double_blocks.0.img_attn.proj.lora_B.bias"] = torch.ones(6)
     state["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.ones(3)
+    state["img_in.lora_B.weight"], state["img_in.lora_A.weight"] = pair()
     block = "diffusion_model.double_blocks.0.img_attn."
     names: Mapping[str, str] = {
+        "diffusion_model.img_in": "diffusion_model.img_in.weight",
         f"{block}proj": f"{block}proj.weight",
         f"{block}norm.key_norm.scale": f"{block}norm.key_norm.scale",
     }
     file = read_adapters(state, names)
     assert {name: found.kind for name, found in file.items()} == {
+        "diffusion_model.img_in.weight": "lora",
         f"{block}proj.weight": "lora",
         f"{block}proj.bias": "diff",
         f"{block}norm.key_norm.scale": "set",
