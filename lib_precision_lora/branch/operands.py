@@ -174,6 +174,8 @@ class WeightBranch:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
         self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
+        if self.stream is not None and device.type == "cuda":
+            self._stack = pinned(self._stack)
         self._copies = DeviceCopies(home)
         return self._assemble(product, device)
 

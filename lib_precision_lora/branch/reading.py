@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.branch.device_copies import copied
 from lib_precision_lora.branch.factors import half_factors
 from lib_precision_lora.branch.identity import TurnedRows
 from lib_precision_lora.storage import StoredWeight
@@ -38,6 +39,7 @@ class Reader:
         self.rows, self.width = stored.shape[0], math.prod(stored.shape[1:])
         self._mixing = any(isinstance(step, Left) and step.operator.mixes for step in steps)
         self._needs_base = any(isinstance(step, Left) for step in steps) or any(p.turns for p in pieces)
+        self._copies: dict[tuple[int, torch.device], Add] = {}
 
     def delta(self) -> Tensor:
         """`W_eff − W0`, whole: [rows, columns]."""
@@ -153,7 +155,8 @@ class Reader:
                 continue
             if isinstance(step, Add):
                 for top, bottom in self._row_blocks(rows.start, rows.stop):
-                    block = self._block(step, low + top - step.start, low + bottom - step.start)
+                    here = self._where(step, delta.device)
+                    block = self._block(here, low + top - step.start, low + bottom - step.start)
                     delta[top:bottom] += block[:, columns].to(delta.device)
                 continue
             assert base is not None
@@ -163,6 +166,15 @@ class Reader:
                 operator = operator.part(first, first + rows.stop - rows.start)
             delta[rows] += step.factor * operator.deviation((base[rows] + delta[rows]).T).T
         return delta
+
+    def _where(self, step: Add, device: torch.device) -> Add:
+        """The addition with its factors where the base is read, if that is an accelerator: copied once."""
+        if device.type == "cpu":
+            return step
+        key = id(step), device
+        if key not in self._copies:
+            self._copies[key] = copied(step, device)
+        return self._copies[key]
 
     def _block(self, step: Add, first: int, last: int) -> Tensor:
         """Rows [first, last) of what a step adds, all columns."""

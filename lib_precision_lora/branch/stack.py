@@ -60,6 +60,8 @@ def build_stack(
     factors: list[HalfFactors | BalancedFactors] = []
     for step in additions:
         up, down = _turned_factors(step)
+        if device.type == "cuda":  # which has fp64, and is the faster one
+            up, down = up.to(device), down.to(device)
         factors.append(half_factors(up, down, len(additions)) if half else balanced_factors(up, down))
     offsets = [0]
     for step in additions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,19 +106,21 @@ def copied_to(operands: Value, device: torch.device, non_blocking: bool = False)
 def pinned(operands: Value) -> Value:
     """The operands in memory from which a card copies by itself; as they are where there is none left."""
     try:
-        return map_tensors(operands, lambda tensor: tensor.contiguous().pin_memory())
+        return map_tensors(operands, _pinned)
     except RuntimeError as error:
         logger.warning("No pinned memory for streamed LoRA factors, they are streamed slower: %s", error)
         return operands
 
 
 def map_tensors(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
-    """The same nest of dataclasses and tuples with every tensor changed, but for dense remainders, which
+    """The same nest of dataclasses, tuples and mappings with every tensor changed, but for dense remainders, which
     stay where they are and are brought over row block by row block."""
     if isinstance(value, Tensor):
         return change(value)  # type: ignore[return-value]
     if isinstance(value, Dense):
         return value
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}  # type: ignore[return-value]
     if isinstance(value, tuple):
         return tuple(map_tensors(item, change) for item in value)  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -129,6 +131,10 @@ def map_tensors(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
         }
         return dataclasses.replace(value, **parts)
     return value
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()
 
 
 def _in_use_by(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
