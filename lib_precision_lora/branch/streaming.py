@@ -113,7 +113,7 @@ def pinned(operands: Value) -> Value:
 
 
 def map_tensors(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
-    """The same nest of dataclasses, tuples and mappings with every tensor changed, but for dense remainders, which
+    """The same nest of dataclasses, tuples and mappings, every tensor changed but for dense remainders, which
     stay where they are and are brought over row block by row block."""
     if isinstance(value, Tensor):
         return change(value)  # type: ignore[return-value]
