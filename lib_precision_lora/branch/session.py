@@ -134,6 +134,8 @@ class PatchSession:
         are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory; the device
         then holds no factors at all.
         """
+        if device.type == "cuda" and device.index is None:  # as activations name it
+            device = torch.device("cuda", torch.cuda.current_device())
         for name, attached in self._attached.items():
             piece = attached.piece
             if not isinstance(piece, WeightBranch):
