@@ -18,7 +18,7 @@ from lib_precision_lora.ui.settings import (
     STOP,
 )
 
-_COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+COMPUTE_MODES: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def read_settings(opts: Any) -> Settings:
     return Settings(
         enabled=enabled if isinstance(enabled, bool) else default.enabled,
         arithmetic=Arithmetic(
-            _COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
+            COMPUTE_MODES.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
         ),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
