@@ -151,10 +151,8 @@ class GenerationOverrides:
     def _make_reload(self, host_reload: Callable[[], Any]) -> Callable[[], Any]:
         def forge_model_reload() -> Any:
             data = self._sd_models.model_data
-            if data.sd_model is None:
-                data.forge_hash = (
-                    ""  # loading has failed; the host would believe that the former one is there
-                )
+            if data.sd_model is None:  # loading has failed, and the host believes in the former one
+                data.forge_hash = ""
             own = data.forge_loading_parameters
             parameters = self._loading_parameters(own)
             if parameters is own:

@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_precision_lora.host import binding
 from lib_precision_lora.host.override import Override, request
+from lib_precision_lora.host.settings import Settings
 from tests.host.checkpoints import PICTURE, TOKENS, Checkpoint
 from tests.host.generation import context_of
 from tests.host.webui import Host
 
+FIRST, SECOND = "first.safetensors", "second.safetensors"
+E4M3, E5M2 = Override("float8-e4m3fn"), Override("float8-e5m2")
 FP8, FP8_WIDE = torch.float8_e4m3fn, torch.float8_e5m2
 OPTION = "forge_unet_storage_dtype"
 
@@ -56,7 +60,7 @@ class Jobs:
     loads: list[tuple[str, Any]] = field(default_factory=list)
     broken: set[Any] = field(default_factory=set)
 
-    def select(self, file: str = "first.safetensors", low_bits: str = "Automatic") -> None:
+    def select(self, file: str = FIRST, low_bits: str = "Automatic") -> None:
         """As the user does on the page."""
         self.host.set_option("sd_model_checkpoint", file)
         self.host.set_option(OPTION, low_bits)
@@ -149,7 +153,7 @@ class BeforeProcess:
 
 def start_jobs(host: Host, folder: Path, patch: pytest.MonkeyPatch, files: Sequence[str] = ()) -> Jobs:
     """files: in the folder, next to two checkpoints of which it has no files."""
-    names = ["first.safetensors", "second.safetensors", *files]
+    names = [FIRST, SECOND, *files]
     listed = {name: CheckpointFile(folder / name, seed) for seed, name in enumerate(names)}
     jobs = Jobs(host, listed)
     host.set_option("live_previews_enable", False)
@@ -167,3 +171,20 @@ def start_jobs(host: Host, folder: Path, patch: pytest.MonkeyPatch, files: Seque
     host.shared.opts.data["sd_checkpoint_hash"] = "0" * 64
     host.shared.opts.save(host.shared.config_filename)
     return jobs
+
+
+def settings() -> Settings:
+    active = binding.active()
+    assert active is not None
+    return active.settings()
+
+
+def chosen_by_the_user(host: Host) -> tuple[Any, ...]:
+    """All that an override must leave alone; the options' file with its bytes."""
+    return (
+        dict(host.shared.opts.data),
+        Path(host.shared.config_filename).read_bytes(),
+        dict(host.sd_models.model_data.forge_loading_parameters),
+        dict(host.args.dynamic_args),
+        settings(),
+    )
