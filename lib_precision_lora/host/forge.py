@@ -8,6 +8,8 @@ LoadedModel.model_unload  take the factors off the device with the model
 sampling_prepare          how large the image is, for the plan
 networks.load_networks    read files, report what cannot be applied, keep one patcher per checkpoint
 cached_params             text conditioning is cached by our settings and file versions as well
+
+What one generation does differently, and what is swapped for it: `generation_overrides.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import nn
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.contract import Requirement
 from lib_precision_lora.host.files import LoraFiles
+from lib_precision_lora.host.generation_overrides import OVERRIDE_REQUIREMENTS, GenerationOverrides
 from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner
@@ -87,6 +90,7 @@ REQUIREMENTS = (
         ("self", "required_prompts", "steps", "extra_network_data", "hires_steps", "use_old_scheduling"),
     ),
     Requirement("modules.shared", "opts"),
+    *OVERRIDE_REQUIREMENTS,
 )
 
 
@@ -125,9 +129,11 @@ class ForgeBinding:
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
         ]
+        self.overrides = GenerationOverrides(lambda: read_settings(shared.opts))
 
     def settings(self) -> Settings:
-        return read_settings(self._shared.opts)
+        """The user's, with what the generation that runs overrides."""
+        return self.overrides.overlaid(read_settings(self._shared.opts))
 
     def sessions(self) -> Mapping[nn.Module, HostedSession]:
         """The models on which something was attached, with their sessions."""
@@ -149,6 +155,7 @@ class ForgeBinding:
 
     def uninstall(self) -> None:
         """Leave the host as it was found."""
+        self.overrides.uninstall()
         self.stand_back()
         for replacement in reversed(self._replacements):
             replacement.undo()
@@ -273,7 +280,8 @@ class ForgeBinding:
                 self.loader.load(names, te_multipliers, unet_multipliers)
             else:
                 self.stand_back()
-                host_load(names, te_multipliers, unet_multipliers, dyn_dims)
+                with self.overrides.hosts_loader():
+                    host_load(names, te_multipliers, unet_multipliers, dyn_dims)
 
         return load_networks
 
@@ -284,6 +292,7 @@ class ForgeBinding:
                 self.notices.stop_if_any()
             versions = self.loader.versions if settings.enabled else ()
             ours = (settings.arithmetic, versions, self._failures) if versions else ()
-            return (*host_params(processing, *args, **kwargs), ours)
+            overridden = self.overrides.conditioning_key(settings.enabled)
+            return (*host_params(processing, *args, **kwargs), ours, overridden)
 
         return cached_params

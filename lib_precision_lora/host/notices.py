@@ -11,6 +11,17 @@ logger = logging.getLogger("lib_precision_lora")
 INFOTEXT_SKIPPED = "Precision LoRA skipped"
 
 
+def tell(p: Any, message: str) -> None:
+    """Say something about one generation that is no LoRA's fault: to the log, and below its images.
+
+    p: the host's processing object. It holds comments until the images are there, also those from before
+    its model is loaded.
+    """
+    if message not in p.comments:
+        logger.warning("%s", message)
+        p.comment(message)
+
+
 class GenerationStopped(RuntimeError):
     """A LoRA could not be applied, and the user wants no image without it."""
 

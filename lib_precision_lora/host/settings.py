@@ -26,7 +26,7 @@ from lib_precision_lora.ui.settings import (
     STREAMED,
 )
 
-_COMPUTE: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+COMPUTE_MODES: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
 _DENSE: Mapping[str, DensePolicy] = {AUTOMATIC: "auto", BESIDE: "branch", MERGE: "merge"}
 
 
@@ -58,7 +58,7 @@ def read_settings(opts: Any) -> Settings:
     return Settings(
         enabled=enabled if isinstance(enabled, bool) else default.enabled,
         arithmetic=Arithmetic(
-            _COMPUTE.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
+            COMPUTE_MODES.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
             dense=_DENSE.get(str(getattr(opts, DENSE, "")), default.arithmetic.dense),
         ),

@@ -4,7 +4,8 @@
 leaving them, or the names, behind. What is kept true to the host: names and signatures; `refresh`, which
 merges into the weights, keeps a backup and skips an unchanged list of identifiers; `load_models_gpu`, which
 skips a patcher that is loaded already; the format of patches; `current_lora_hash`; the cache of text
-conditioning; exceptions swallowed while extra networks are activated. The same tests run on the real host.
+conditioning; exceptions swallowed while extra networks are activated; when a checkpoint is loaded anew, and
+what is set and restored around a generation. The same tests run on the real host.
 Its folders have no `__init__.py`, as the host's: `inspect` takes a change in that, under one name, amiss.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 WEBUI = Path(__file__).parent / "webui"
-TOP_LEVEL = frozenset({"backend", "modules", "networks", "network", "extra_networks_lora"})
+TOP_LEVEL = frozenset({"backend", "modules", "modules_forge", "networks", "network", "extra_networks_lora"})
 """The host's top-level names."""
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host.override import Override
 from lib_precision_lora.host.settings import register_settings
 from tests.forge.real_forge import HOW_TO_RUN
+from tests.host.jobs import FIRST, Jobs, start_jobs
 from tests.host.webui import KINDS, Host, running_host
 
 
@@ -48,3 +50,19 @@ def host(bare_host: Host) -> Host:
     register_settings()
     assert install()
     return bare_host
+
+
+@pytest.fixture
+def jobs(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """The first checkpoint is loaded, and has made an image."""
+    jobs = start_jobs(host, tmp_path, monkeypatch)
+    jobs.run()
+    assert jobs.loads == [(FIRST, None)]
+    jobs.loads.clear()
+    return jobs
+
+
+@pytest.fixture
+def seen() -> list[Override]:
+    """What tests see to be in effect."""
+    return []

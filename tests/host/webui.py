@@ -33,12 +33,14 @@ class Host:
 
     kind: str
     lora_dir: Path
+    args: ModuleType
     base: ModuleType
     clip: ModuleType
     engine: ModuleType
     errors: ModuleType
     extra_networks: ModuleType
     lora: ModuleType
+    main_entry: ModuleType
     memory: ModuleType
     networks: ModuleType
     processing: ModuleType
@@ -57,12 +59,14 @@ class Host:
 
 
 MODULES = {
+    "args": "backend.args",
     "base": "backend.patcher.base",
     "clip": "backend.patcher.clip",
     "engine": "backend.diffusion_engine.base",
     "errors": "modules.errors",
     "extra_networks": "modules.extra_networks",
     "lora": "backend.patcher.lora",
+    "main_entry": "modules_forge.main_entry",
     "memory": "backend.memory_management",
     "networks": "networks",
     "processing": "modules.processing",

@@ -7,6 +7,8 @@ import os
 from typing import Any
 
 import network
+import torch
+from backend.args import dynamic_args
 from backend.patcher.lora import load_lora, model_lora_keys_clip, model_lora_keys_unet
 from backend.utils import load_torch_file
 from modules import errors, sd_models, shared
@@ -78,8 +80,11 @@ def load_networks(
         net.mentioned_name = name
         found.read_hash()
         loaded_networks.append(net)
+    online = dynamic_args.get("online_lora", False)
+    if engine.forge_objects.unet.model.storage_dtype in (torch.float32, torch.float16, torch.bfloat16):
+        online = False
     targets = [
-        [found.filename, unet, te]
+        [found.filename, unet, te, online]
         for found, unet, te in zip(on_disk, unet_multipliers, te_multipliers, strict=True)
     ]
     if engine.current_lora_hash == str(targets):
@@ -87,7 +92,7 @@ def load_networks(
     engine.current_lora_hash = str(targets)
     engine.forge_objects.unet = engine.forge_objects_original.unet
     engine.forge_objects.clip = engine.forge_objects_original.clip
-    for filename, unet, te in targets:
+    for filename, unet, te, online in targets:
         engine.forge_objects.unet, engine.forge_objects.clip = load_lora_for_models(
             engine.forge_objects.unet,
             engine.forge_objects.clip,
@@ -95,6 +100,7 @@ def load_networks(
             unet,
             te,
             filename=filename,
+            online_mode=online,
         )
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 cmd_opts = SimpleNamespace(lora_dir="")
+config_filename = "config.json"
 
 
 class OptionInfo:
@@ -42,13 +44,34 @@ class Options:
     def __setattr__(self, key: str, value: Any) -> None:
         self.data[key] = value
 
+    def set(self, key: str, value: Any, is_api: bool = False, run_callbacks: bool = True) -> bool:
+        if self.data.get(key) == value:
+            return False
+        setattr(self, key, value)
+        return True
+
+    def save(self, filename: str) -> None:
+        with open(filename, "w", encoding="utf8") as file:
+            json.dump(self.data, file)
+
+    def get_default(self, key: str) -> Any:
+        return self.data_labels[key].default if key in self.data_labels else None
+
     def add_option(self, key: str, info: OptionInfo) -> None:
         self.data_labels[key] = info
         if key not in self.data:
             self.data[key] = info.default
 
 
-opts = Options({"CLIP_stop_at_last_layers": OptionInfo(1)})
+opts = Options(
+    {
+        "CLIP_stop_at_last_layers": OptionInfo(1),
+        "sd_model_checkpoint": OptionInfo(None),
+        "forge_additional_modules": OptionInfo([]),
+        "forge_unet_storage_dtype": OptionInfo("Automatic"),
+    }
+)
+state = SimpleNamespace(interrupted=False, skipped=False, stopping_generation=False)
 
 
 def walk_files(path: str, allowed_extensions: Any = None) -> Iterator[str]:

@@ -1,0 +1,246 @@
+"""The override of a generation: put over what the host reads while it runs, gone when it ends.
+
+Nothing is set and put back later. The user's options, and the host's parameters of the checkpoint to load
+(`forge_loading_parameters`), stay the user's own all the time. While a generation runs, what is read from
+them is overlaid: the settings where they are read, the storage type where the host decides whether to load
+the checkpoint anew. So whatever rewrites these parameters in between (hires fix, the refiner, another
+checkpoint in `override_settings`, the page) rewrites the user's own, and the next generation finds them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from lib_precision_lora.host.contract import Requirement
+from lib_precision_lora.host.low_bits import OPTION, low_bits_options, objection
+from lib_precision_lora.host.notices import tell
+from lib_precision_lora.host.override import (
+    AS_SET,
+    OURS,
+    STOCK_ONLINE,
+    Generation,
+    Override,
+    generations,
+    offered,
+    requests,
+)
+from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.host.settings import COMPUTE_MODES, Settings
+
+logger = logging.getLogger("lib_precision_lora")
+
+OVERRIDE_REQUIREMENTS = (
+    Requirement("modules.processing", "manage_model_and_prompt_cache", ("p",)),
+    Requirement("modules.processing", "process_images_inner", ("p",)),
+    Requirement("modules.processing", "set_config", ("req", "is_api", "run_callbacks", "save_config")),
+    Requirement("modules.processing", "forge_model_reload"),
+    Requirement("modules.sd_models", "forge_model_reload"),
+    Requirement("modules.sd_models", "get_closet_checkpoint_match", ("search_string",)),
+    Requirement("modules.sd_models", "model_data.forge_loading_parameters"),
+    Requirement("modules.sd_models", "model_data.forge_hash"),
+    Requirement("modules_forge.main_entry", "forge_unet_storage_dtype_options"),
+    Requirement("modules_forge.main_entry", "refresh_model_loading_parameters"),
+    Requirement("backend.args", "dynamic_args"),
+)
+
+
+class GenerationOverrides:
+    """Swaps what the host does around a generation.
+
+    manage_model_and_prompt_cache  the override begins: its first step after `before_process`
+    process_images_inner           it ends
+    forge_model_reload             the checkpoint is loaded in the storage type of the override
+    set_config                     a storage type in `override_settings` is an override, and no option
+    """
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        """settings: the user's own."""
+        from backend import args
+        from modules import processing, sd_models, shared
+        from modules_forge import main_entry
+
+        self._settings = settings
+        self._sd_models, self._shared, self._main_entry = sd_models, shared, main_entry
+        self._dynamic_args = args.dynamic_args
+        self._running: list[tuple[Any, Generation]] = []
+        self._explained = False
+        self._replacements = [
+            Replacement(processing, "manage_model_and_prompt_cache", self._make_manage_model),
+            Replacement(processing, "process_images_inner", self._make_process),
+            Replacement(processing, "set_config", self._make_set_config),
+            Replacement(processing, "forge_model_reload", self._make_reload),
+            Replacement(sd_models, "forge_model_reload", self._make_reload),
+        ]
+
+    def uninstall(self) -> None:
+        for replacement in reversed(self._replacements):
+            replacement.undo()
+
+    def current(self) -> Override:
+        """What is in effect at this moment."""
+        return self._running[-1][1].in_effect if self._running else Override()
+
+    def overlaid(self, settings: Settings) -> Settings:
+        """The user's settings as they are in the generation that runs."""
+        override = self.current()
+        if override.compute != AS_SET:
+            arithmetic = replace(settings.arithmetic, compute=COMPUTE_MODES[override.compute])
+            settings = replace(settings, arithmetic=arithmetic)
+        return settings if override.patcher == OURS else replace(settings, enabled=False)
+
+    @contextmanager
+    def hosts_loader(self) -> Iterator[None]:
+        """While the host's own code loads LoRAs: whether it merges them or keeps them in fp16."""
+        before = self._dynamic_args.get("online_lora", False)
+        self._dynamic_args["online_lora"] = self._online()
+        try:
+            yield
+        finally:
+            self._dynamic_args["online_lora"] = before
+
+    def conditioning_key(self, enabled: bool) -> tuple[object, ...]:
+        """What else decides about cached conditioning: the host itself forgets it where the user changes
+        the storage type, and the LoRAs that it puts on a text encoder (not enabled) differ by their mode."""
+        storage = _storage_type(self._sd_models.model_data.get_sd_model())
+        return str(storage), not enabled and self._online()
+
+    def _online(self) -> bool:
+        override = self.current()
+        if override.patcher != OURS:
+            return override.patcher == STOCK_ONLINE
+        if override.low_bits != AS_SET:
+            return low_bits_options()[override.low_bits][1]
+        return bool(self._dynamic_args.get("online_lora", False))
+
+    def _make_manage_model(self, host_manage: Callable[[Any], None]) -> Callable[[Any], None]:
+        def manage_model_and_prompt_cache(p: Any) -> None:
+            generation = self._begin(p)
+            try:
+                with self._inside(p, generation):
+                    host_manage(p)
+            except BaseException:
+                generations.forget(p)
+                raise
+
+        return manage_model_and_prompt_cache
+
+    def _make_process(self, host_process: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def process_images_inner(p: Any) -> Any:
+            present = generations.get(p)
+            generation = present or self._begin(p)
+            try:
+                with self._inside(p, generation):
+                    if present is None:
+                        self._load_where_the_host_does_not(p)
+                    return host_process(p)
+            finally:
+                generations.forget(p)
+
+        return process_images_inner
+
+    def _make_set_config(self, host_set: Callable[..., None]) -> Callable[..., None]:
+        def set_config(req: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            host_set({key: value for key, value in req.items() if key != OPTION}, *args, **kwargs)
+
+        return set_config
+
+    def _make_reload(self, host_reload: Callable[[], Any]) -> Callable[[], Any]:
+        def forge_model_reload() -> Any:
+            data = self._sd_models.model_data
+            if data.sd_model is None:  # loading has failed, and the host believes in the former one
+                data.forge_hash = ""
+            own = data.forge_loading_parameters
+            parameters = self._loading_parameters(own)
+            if parameters is own:
+                return host_reload()
+            data.forge_loading_parameters = parameters
+            try:
+                return host_reload()
+            except Exception as error:
+                logger.exception("loading the checkpoint in the storage type of this generation failed")
+                data.forge_hash = ""
+                p, generation = self._running[-1]
+                reason = f"loading the checkpoint in it failed ({type(error).__name__}: {error})"
+                generation.failed[str(parameters)] = generation.refused = reason
+                _tell_refusal(p, generation)
+            finally:
+                self._dynamic_args[OPTION] = own.get("unet_storage_dtype")
+                if data.forge_loading_parameters is parameters:
+                    data.forge_loading_parameters = own
+            return host_reload()
+
+        return forge_model_reload
+
+    def _begin(self, p: Any) -> Generation:
+        """The generation of this processing object, before its checkpoint is loaded."""
+        wanted = offered(p, requests.get(p) or Override())
+        named = (getattr(p, "override_settings", None) or {}).get(OPTION)
+        if named is not None and wanted.low_bits == AS_SET:
+            wanted = offered(p, replace(wanted, low_bits=str(named)))
+            if wanted.low_bits != AS_SET and not p.override_settings_restore_afterwards:
+                self._set_for_good(wanted.low_bits)
+        outer = self._running[-1][1].wanted if self._running else Override()
+        generation = Generation(wanted.within(outer))
+        generations.set(p, generation)
+        return generation
+
+    def _set_for_good(self, low_bits: str) -> None:
+        """A client of the API has asked for an option that is not restored afterwards: the host would set
+        it, and load the checkpoint as before."""
+        self._shared.opts.set(OPTION, low_bits, is_api=True, run_callbacks=False)
+        self._main_entry.refresh_model_loading_parameters()
+
+    @contextmanager
+    def _inside(self, p: Any, generation: Generation) -> Iterator[None]:
+        self._running.append((p, generation))
+        try:
+            if not self._explained and self._online() and self.overlaid(self._settings()).enabled:
+                self._explained = True
+                logger.info("Precision LoRA keeps LoRAs exact in every mode: (fp16 LoRA) changes nothing")
+            yield
+        finally:
+            self._running.pop()
+
+    def _load_where_the_host_does_not(self, p: Any) -> None:
+        """The upscale button of the gallery loads no checkpoint where hires fix names one, be it the same."""
+        name = getattr(p, "hr_checkpoint_name", None)
+        own = self._sd_models.model_data.forge_loading_parameters
+        match = name and self._sd_models.get_closet_checkpoint_match(name)
+        if match and match is own.get("checkpoint_info"):
+            self._sd_models.forge_model_reload()
+
+    def _loading_parameters(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The host's loading parameters as they are in the generation that runs; `own` where they are the
+        user's own, or come to the same."""
+        if not self._running or "checkpoint_info" not in own:
+            return own
+        p, generation = self._running[-1]
+        generation.refused = None
+        if generation.wanted.low_bits == AS_SET or own["checkpoint_info"] is None:
+            return own
+        storage, _ = low_bits_options()[generation.wanted.low_bits]
+        data = self._sd_models.model_data
+        there = data.forge_hash == str(own) and _storage_type(data.get_sd_model()) == storage
+        if there or storage == own.get("unet_storage_dtype"):
+            return own
+        parameters = {**own, "unet_storage_dtype": storage}
+        checkpoint = own["checkpoint_info"].filename
+        generation.refused = generation.failed.get(str(parameters)) or objection(checkpoint, storage)
+        _tell_refusal(p, generation)
+        return own if generation.refused else parameters
+
+
+def _tell_refusal(p: Any, generation: Generation) -> None:
+    if generation.refused is not None:
+        asked = f"{generation.wanted.low_bits} was asked for, but {generation.refused}"
+        tell(p, f"Diffusion in Low Bits stays as set above: {asked}")
+
+
+def _storage_type(engine: Any) -> Any:
+    """In which type the diffusion model of the checkpoint at hand is stored."""
+    unet = getattr(getattr(engine, "forge_objects_original", None), "unet", None)
+    return getattr(getattr(unet, "model", None), "storage_dtype", None)
