@@ -13,6 +13,8 @@ from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.matching import FileMatch, KeyMap, match_file
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.patchers import KeptPatchers
+from lib_precision_lora.host.record import Record
+from lib_precision_lora.host.report import FileReport
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -28,9 +30,10 @@ class NetworkLoader:
     conditioning.
     """
 
-    def __init__(self, files: LoraFiles, notices: Notices) -> None:
+    def __init__(self, files: LoraFiles, notices: Notices, record: Record) -> None:
         self._files = files
         self._notices = notices
+        self._record = record
         self._patchers: weakref.WeakKeyDictionary[Any, KeptPatchers] = weakref.WeakKeyDictionary()
         self._key_maps: weakref.WeakKeyDictionary[nn.Module, KeyMap] = weakref.WeakKeyDictionary()
         self._matches: weakref.WeakKeyDictionary[nn.Module, dict[Stamp, FileMatch]] = (
@@ -63,10 +66,13 @@ class NetworkLoader:
             try:
                 stamp, match, network = self._read(engine, name)
             except FileProblem as problem:
-                self._notices.problem(name, f"LoRA {name} was left out: {problem}")
+                sentence = f"LoRA {name} was left out: {problem}"
+                self._notices.problem(name, sentence)
+                self._record.present.add(FileReport(name, unet, te, problem=sentence))
                 versions.append(None)
                 continue
-            kept.add(network.network_on_disk.filename, match, unet, te)
+            source = kept.add(network.network_on_disk.filename, match, unet, te)
+            self._record.present.add(report_file(name, match, unet, te), source)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)
@@ -165,6 +171,21 @@ def find_network(networks: Any, name: str) -> Any:
         if found is not None:
             return found
     raise FileProblem("there is no file of this name in the LoRA folder; the list was read anew just now")
+
+
+def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileReport:
+    """What the file brings to this checkpoint, before anything is attached."""
+    return FileReport(
+        name,
+        unet,
+        te,
+        match.summary,
+        match.ranks,
+        match.alphas,
+        len(match.unet),
+        len(match.text_encoder),
+        unmatched=match.unmatched,
+    )
 
 
 def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:

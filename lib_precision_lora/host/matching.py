@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,15 @@ class FileMatch:
     """What one file does to the diffusion model and to the text encoders, in the host's patch format.
 
     unmatched: keys that belong to nothing, those of an absent text encoder left out; summary: kinds and
-    ranks, for people.
+    ranks, for people; ranks, alphas: those that occur, alphas as the file gives them.
     """
 
     unet: Mapping[Any, Any]
     text_encoder: Mapping[Any, Any]
     unmatched: tuple[str, ...]
     summary: str
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
 
 
 def match_file(
@@ -66,6 +68,7 @@ def match_file(
     """
     patches: list[dict[Any, Any]] = []
     kinds: Counter[str] = Counter()
+    ranks: set[int] = set()
     rest = dict(state_dict)
     absent: list[str] = []
     layout = "unknown"
@@ -79,6 +82,7 @@ def match_file(
                     if check(keys.model, target, adapter):
                         found[host_key(target)] = to_forge_patch(adapter)
                         kinds[describe(adapter)] += 1
+                        ranks |= {adapter.rank} - {None}  # type: ignore[arg-type]
                     else:
                         absent.append(target.parameter)
             except AdapterError as error:
@@ -106,7 +110,16 @@ def match_file(
     )
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    return FileMatch(patches[0], patches[1], unmatched, summary)
+    used = state_dict.keys() - rest.keys()
+    return FileMatch(
+        patches[0], patches[1], unmatched, summary, tuple(sorted(ranks)), read_alphas(state_dict, used)
+    )
+
+
+def read_alphas(state_dict: Mapping[str, Tensor], used: Iterable[str]) -> tuple[float, ...]:
+    """The different alphas of these keys, smallest first."""
+    alphas = (state_dict[key] for key in used if key.endswith(".alpha"))
+    return tuple(sorted({float(alpha) for alpha in alphas if alpha.numel() == 1}))
 
 
 def check(model: nn.Module, target: Target, adapter: Adapter) -> bool:
