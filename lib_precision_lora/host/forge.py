@@ -197,7 +197,7 @@ class ForgeBinding:
             settings = self.settings()
             if settings.enabled:
                 self.record.begin(OURS, settings.arithmetic.compute)
-                self.loader.load(names, te_multipliers, unet_multipliers)
+                self.loader.load(names, te_multipliers, unet_multipliers, settings.detailed_log)
             else:
                 self.stand_back()
                 present = self.record.begin(WEBUI, "")

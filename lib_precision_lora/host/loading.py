@@ -18,6 +18,9 @@ from lib_precision_lora.host.report import FileReport
 
 logger = logging.getLogger("lib_precision_lora")
 
+LOGGED_KEYS = 8
+"""How many keys without a layer the log names unless it is to be detailed."""
+
 OUR_HASH = "Precision LoRA"
 """What stands in the engine's `current_lora_hash`, so that the host's own loader never believes that its
 patches are in place."""
@@ -42,7 +45,11 @@ class NetworkLoader:
         self.versions: tuple[Stamp | None, ...] = ()
 
     def load(
-        self, names: Sequence[str], te_multipliers: Sequence[float], unet_multipliers: Sequence[float]
+        self,
+        names: Sequence[str],
+        te_multipliers: Sequence[float],
+        unet_multipliers: Sequence[float],
+        detailed_log: bool = False,
     ) -> None:
         """Put these LoRAs, in this order, on the current checkpoint; report those that cannot be applied."""
         import networks
@@ -76,7 +83,7 @@ class NetworkLoader:
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)
-            log_applied(name, match, unet, te)
+            log_applied(name, match, unet, te, None if detailed_log else LOGGED_KEYS)
         self.versions = tuple(versions)
         self._matches[engine.forge_objects_original.unet.model] = matches
         self._use(engine, kept)
@@ -188,11 +195,15 @@ def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileRepo
     )
 
 
-def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
-    """One line for the log: what the file does, and what of it was not used."""
+def log_applied(name: str, match: FileMatch, unet: float, te: float, keys: int | None) -> None:
+    """One line for the log: what the file does, and what of it was not used.
+
+    keys: how many of those that belong to no layer are named, None for all of them.
+    """
     skipped = ""
     if match.unmatched:
-        shown = ", ".join(match.unmatched[:8]) + (", …" if len(match.unmatched) > 8 else "")
+        shown = ", ".join(match.unmatched[:keys])
+        shown += ", …" if keys is not None and len(match.unmatched) > keys else ""
         skipped = f"; {len(match.unmatched)} keys belong to no layer: {shown}"
     logger.info(
         "LoRA %s: %d layers of the model at %g, %d of the text encoder at %g (%s)%s",

@@ -10,8 +10,10 @@ from lib_precision_lora.branch import Compute
 from lib_precision_lora.ui.settings import (
     AS_STOCK,
     COMPUTE,
+    DETAILED,
     DORA_NORM,
     ENABLED,
+    LOG_DETAIL,
     ON_FAILURE,
     OPTIONS,
     SECTION,
@@ -36,6 +38,7 @@ class Settings:
     enabled: bool = True
     arithmetic: Arithmetic = Arithmetic()
     on_failure: Literal["continue", "stop"] = "continue"
+    detailed_log: bool = False
 
 
 def read_settings(opts: Any) -> Settings:
@@ -49,6 +52,7 @@ def read_settings(opts: Any) -> Settings:
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
         ),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
+        detailed_log=getattr(opts, LOG_DETAIL, "") == DETAILED,
     )
 
 

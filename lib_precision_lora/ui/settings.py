@@ -11,8 +11,10 @@ ENABLED = "precision_lora_enabled"
 COMPUTE = "precision_lora_compute"
 ON_FAILURE = "precision_lora_on_failure"
 DORA_NORM = "precision_lora_dora_norm"
+LOG_DETAIL = "precision_lora_log_detail"
 CONTINUE, STOP = "Continue without it", "Stop the generation"
 AS_TRAINED, AS_STOCK = "As it was trained", "As stock Forge does"
+NORMAL, DETAILED = "Normal", "Detailed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,5 +63,13 @@ OPTIONS = (
         "a damaged file, or one for another model; the page, the log and the image's parameters say which",
         "Radio",
         {"choices": [CONTINUE, STOP]},
+    ),
+    Option(
+        LOG_DETAIL,
+        NORMAL,
+        "Log detail",
+        "normal: a line for each LoRA; detailed: every key that belongs to no layer, too",
+        "Radio",
+        {"choices": [NORMAL, DETAILED]},
     ),
 )

@@ -13,8 +13,11 @@ from lib_precision_lora.ui.settings import (
     AS_TRAINED,
     COMPUTE,
     CONTINUE,
+    DETAILED,
     DORA_NORM,
     ENABLED,
+    LOG_DETAIL,
+    NORMAL,
     ON_FAILURE,
     OPTIONS,
     SECTION,
@@ -147,13 +150,14 @@ def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Check
 def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert SECTION == ("precision_lora", "Precision LoRA")
     options = {option.key: option for option in OPTIONS}
-    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE]
+    assert list(options) == [ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, LOG_DETAIL]
     assert all(key.startswith("precision_lora_") for key in options)
     assert options[ENABLED].default is True
     assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
     assert options[DORA_NORM].default == options[DORA_NORM].component_args["choices"][0] == AS_TRAINED
     assert options[ON_FAILURE].default == CONTINUE
     assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
+    assert options[LOG_DETAIL].default == options[LOG_DETAIL].component_args["choices"][0] == NORMAL
     assert all(option.label and option.info for option in OPTIONS)
     assert all(option.default in option.component_args["choices"] for option in OPTIONS if option.component)
 
@@ -168,14 +172,14 @@ def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
 
 @pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE):
+    for key in (ENABLED, COMPUTE, DORA_NORM, ON_FAILURE, LOG_DETAIL):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
 
 
 def test_values_read_as_what_they_say() -> None:
-    options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP})
-    assert read_settings(options) == Settings(False, Arithmetic("fp32", True), "stop")
+    values = {ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP, LOG_DETAIL: DETAILED}
+    assert read_settings(SimpleNamespace(**values)) == Settings(False, Arithmetic("fp32", True), "stop", True)
 
 
 def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpoint) -> None:
