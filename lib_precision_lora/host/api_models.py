@@ -16,7 +16,7 @@ class File(BaseModel):
     kinds: str = Field(description="Kinds with their ranks, and how many layers have them")
     ranks: list[int]
     alphas: list[float] = Field(description="As the file gives them")
-    model_layers: int = Field(description="Layers of the diffusion model that it changes")
+    unet_layers: int = Field(description="Layers of the diffusion model that it changes")
     text_layers: int = Field(description="Layers of the text encoders that it changes")
     host_layers: int = Field(description="Those among them that went the WebUI's own way")
     unmatched: list[str] = Field(description="Keys that belong to no layer")

@@ -23,7 +23,7 @@ class FileReport:
     kinds: str = ""
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
-    model_layers: int = 0
+    unet_layers: int = 0
     text_layers: int = 0
     host_layers: int = 0
     unmatched: tuple[str, ...] = ()

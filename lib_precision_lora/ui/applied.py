@@ -54,7 +54,7 @@ def _file(file: FileReport) -> str:
     strength = f"{file.strength:g}"
     if file.text_strength != file.strength:
         strength += f" ({_word(TEXT)} {file.text_strength:g})"
-    counts = ((MODEL, file.model_layers), (TEXT, file.text_layers), (HOST_LAYERS, file.host_layers))
+    counts = ((MODEL, file.unet_layers), (TEXT, file.text_layers), (HOST_LAYERS, file.host_layers))
     keys = "".join(f"<li>{escape(key)}</li>" for key in file.unmatched[:SHOWN_KEYS])
     keys += "<li>…</li>" if len(file.unmatched) > SHOWN_KEYS else ""
     skipped = f"<details><summary>{len(file.unmatched)}</summary><ul>{keys}</ul></details>" if keys else ""

@@ -90,11 +90,11 @@ class PanelPage(Page):
             assert time.monotonic() < deadline, "the page did not come to this state"
             self._page.wait_for_timeout(50)
 
-    def set_dark(self, dark: bool) -> None:
-        self._page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
-
-    def resize(self, width: int) -> None:
+    def reopen(self, theme: str, width: int) -> None:
+        """As somebody sees it who comes with this theme, on a screen of this width."""
         self._page.set_viewport_size({"width": width, "height": 1280})
+        self._page.goto(f"{self._page.url.partition('?')[0]}?__theme={theme}", wait_until="domcontentloaded")
+        self.wait_until_ready()
 
     def pictured(self, name: str) -> None:
         """The accordion and what stands under it."""

@@ -20,7 +20,7 @@ from lib_precision_lora.host.infotext import LOW_BITS, MODE, VERSION
 from lib_precision_lora.host.xyz import LOW_BITS_AXIS, MODE_AXIS
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, STOCK_MERGE
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.page import chromium
+from tests.forge.page import VIEWPORT, chromium
 from tests.forge.panel_page import NARROW, PanelPage
 from tests.forge.real_forge import HOW_TO_RUN
 from tests.forge.webui import SMALL_IMAGE, ServerError, WebUI
@@ -194,19 +194,22 @@ def test_two_hundred_calls_disturb_no_generation(webui: WebUI) -> None:
     assert len(answers) == CALLS
 
 
-def test_it_fits_light_dark_and_narrow_pages(page: PanelPage) -> None:
+@pytest.mark.parametrize(
+    ("picture", "theme", "width"),
+    [
+        ("accordion", "light", VIEWPORT["width"]),
+        ("accordion-dark", "dark", VIEWPORT["width"]),
+        ("accordion-narrow", "light", NARROW),
+    ],
+)
+def test_it_fits_light_dark_and_narrow_pages(page: PanelPage, picture: str, theme: str, width: int) -> None:
+    page.reopen(theme, width)
     page.toggle()
     page.choose("compute", COMPUTE_MODES[1])
-    page.generate("a lamp " + PROMPT)
+    page.generate(f"a lamp in a {picture} {PROMPT}")
     page.wait_for_applied("nowhere")
-    page.pictured("accordion")
-    page.set_dark(True)
-    page.pictured("accordion-dark")
-    page.set_dark(False)
-    page.resize(NARROW)
     assert page.overflowing() == []
-    page.pictured("accordion-narrow")
-    page.resize(1280)
+    page.pictured(picture)
 
 
 def test_it_speaks_chinese(page: PanelPage, webui: WebUI) -> None:
