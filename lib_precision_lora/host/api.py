@@ -60,7 +60,8 @@ def add_api(_: Any, app: FastAPI) -> None:
             tags=[TITLE],
             responses={404: {"model": models.Problem}} if name != "status" else None,
         )
-    check_arguments_of_requests()
+    if binding.active() is not None:
+        check_arguments_of_requests()
 
 
 def remove_api() -> None:

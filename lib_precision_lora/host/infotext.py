@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_precision_lora import __version__
+from lib_precision_lora.host import binding
 from lib_precision_lora.host.notices import INFOTEXT_SKIPPED
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, PATCHERS
 
@@ -85,6 +86,8 @@ the other's."""
 
 def warn_of_what_is_not_pasted(infotext: str, values: Mapping[str, Any]) -> None:
     """Once for each paste, in the page and in the log."""
+    if binding.active() is None:
+        return
     import gradio
 
     for problem in read_parameters(values, _low_bits_choices()).problems:

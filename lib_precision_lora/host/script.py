@@ -14,8 +14,13 @@ from lib_precision_lora.ui.choices import AS_SET, OURS
 logger = logging.getLogger("lib_precision_lora")
 
 
-def make_ui(script: Any) -> list[Any]:
-    """The controls of one tab; their values come back as the arguments of `request_override`."""
+def make_ui(script: Any) -> list[Any] | None:
+    """The controls of one tab; their values come back as the arguments of `request_override`.
+
+    None in a WebUI that the binding does not know, where there is nothing to choose.
+    """
+    if binding.active() is None:
+        return None
     from modules.ui_components import InputAccordion
 
     from lib_precision_lora.host import override
@@ -30,6 +35,8 @@ def make_ui(script: Any) -> list[Any]:
 
 def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
     """Before a generation: what it wants otherwise than the settings, if anything."""
+    if binding.active() is None:
+        return
     from lib_precision_lora.host import override
 
     GENERATIONS.begin(p)
@@ -45,11 +52,13 @@ def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
 
 def write_parameters(p: Any) -> None:
     """Into the infotext: mode and storage of this generation where they are not the default."""
+    active = binding.active()
+    if active is None:
+        return
     from lib_precision_lora.host import override
 
-    active, asked = binding.active(), override.in_effect(p)
-    mode = infotext.DEFAULT_MODE
-    if active is not None and any(file.problem is None for file in active.record.present.files):
+    asked, mode = override.in_effect(p), infotext.DEFAULT_MODE
+    if any(file.problem is None for file in active.record.present.files):
         present = active.record.present
         if asked.patcher != OURS:
             mode = asked.patcher
@@ -60,6 +69,8 @@ def write_parameters(p: Any) -> None:
 
 def report(p: Any) -> None:
     """After a generation: what was applied, to the log and for the page."""
+    if binding.active() is None:
+        return
     from modules import shared
 
     from lib_precision_lora.host import override

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lib_precision_lora.host import binding
 from lib_precision_lora.host.infotext import MODES
 from lib_precision_lora.ui.choices import COMPUTE_MODES, OURS
 
@@ -17,7 +18,9 @@ RELOADS, ATTACHES = 0.95, 0.3
 
 
 def add_axes() -> None:
-    """Put our axes into the plot's list, once."""
+    """Put our axes into the plot's list, once; none in a WebUI that the binding does not know."""
+    if binding.active() is None:
+        return
     from modules import scripts
 
     from lib_precision_lora.host import override

@@ -10,7 +10,7 @@ import pytest
 
 import lib_precision_lora.host as host_package
 from lib_precision_lora import __version__
-from lib_precision_lora.host import infotext, xyz
+from lib_precision_lora.host import binding, infotext, script, xyz
 from lib_precision_lora.host.arguments import problems, wanted
 from lib_precision_lora.host.infotext import LOW_BITS, MODE, MODES, VERSION, Pasted, read_parameters
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS, STOCK_MERGE
@@ -20,6 +20,8 @@ CHOICES = (AS_SET, "Automatic", "bnb-nf4", "float8-e4m3fn")
 
 @pytest.fixture
 def _low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A WebUI that the binding knows, with these choices."""
+    monkeypatch.setattr(binding, "active", object)
     override = SimpleNamespace(low_bits_choices=lambda: list(CHOICES))
     monkeypatch.setattr(host_package, "override", override, raising=False)
 
@@ -173,6 +175,23 @@ def axes(monkeypatch: pytest.MonkeyPatch, _low_bits: None) -> list[AxisOption]:
     for _ in range(2):  # the page is built anew on "Reload UI"
         xyz.add_axes()
     return plot.axis_options
+
+
+def test_in_a_webui_that_the_binding_does_not_know_nothing_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor is anything of it imported, which may be missing."""
+    monkeypatch.setattr(binding, "active", lambda: None)
+    monkeypatch.setitem(sys.modules, "modules", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    p = SimpleNamespace(extra_generation_params={})
+    xyz.add_axes()
+    infotext.warn_of_what_is_not_pasted("", {MODE: "fp99"})
+    assert script.make_ui(SimpleNamespace(is_img2img=False)) is None
+    script.request_override(p, (True, "bnb-nf4", "fp16"))
+    script.write_parameters(p)
+    script.report(p)
+    assert vars(p) == {"extra_generation_params": {}}
 
 
 def test_the_plot_has_our_axes_once(axes: list[AxisOption]) -> None:
