@@ -3,8 +3,13 @@
     const TOGGLE = "#setting_precision_lora_enabled input[type=checkbox]";
     const DEPENDENT = [
         "#setting_precision_lora_compute",
+        "#setting_precision_lora_dense",
         "#setting_precision_lora_dora_norm",
         "#setting_precision_lora_on_failure",
+        "#setting_precision_lora_placement",
+        "#setting_precision_lora_margin",
+        "#setting_precision_lora_cache",
+        "#setting_precision_lora_log_detail",
     ];
 
     function showState(toggle) {

@@ -1,20 +1,27 @@
-"""Entry point for the WebUI: registers settings, binding and the page's messages; no logic."""
+"""Entry point for the WebUI: registers settings, binding, accordion, axes and API; no logic."""
 
 from modules import script_callbacks, scripts
 
 from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host import script as steps
+from lib_precision_lora.host.api import add_api, remove_api
+from lib_precision_lora.host.infotext import warn_of_what_is_not_pasted
 from lib_precision_lora.host.logs import set_up_logging
-from lib_precision_lora.host.script import show_late_notices, show_notices
 from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.xyz import add_axes
 
 set_up_logging()
 script_callbacks.on_ui_settings(register_settings)
+script_callbacks.on_before_ui(add_axes)
+script_callbacks.on_app_started(add_api)
+script_callbacks.on_infotext_pasted(warn_of_what_is_not_pasted)
+script_callbacks.on_script_unloaded(remove_api)
 script_callbacks.on_script_unloaded(uninstall)
 install()
 
 
 class PrecisionLoRA(scripts.Script):
-    """Brings what could not be applied to the page and the infotext of its generation."""
+    """The accordion, and the steps of a generation."""
 
     def title(self):
         return "Precision LoRA"
@@ -22,8 +29,16 @@ class PrecisionLoRA(scripts.Script):
     def show(self, is_img2img):
         return scripts.AlwaysVisible
 
+    def ui(self, is_img2img):
+        return steps.make_ui(self)
+
+    def before_process(self, p, *args):
+        steps.request_override(p, args)
+
     def process_before_every_sampling(self, p, *args, **kwargs):
-        show_notices(p)
+        steps.show_notices(p)
+        steps.write_parameters(p)
 
     def postprocess(self, p, processed, *args):
-        show_late_notices(p, processed)
+        steps.show_late_notices(p, processed)
+        steps.report(p)

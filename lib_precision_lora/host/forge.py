@@ -15,6 +15,7 @@ What one generation does differently, and what is swapped for it: `generation_ov
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,12 +29,18 @@ from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import OVERRIDE_REQUIREMENTS, GenerationOverrides
 from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
-from lib_precision_lora.host.memory import MemoryPlanner
+from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.host.report import FileReport
 from lib_precision_lora.host.settings import Settings, read_settings
+from lib_precision_lora.ui.choices import OURS
 
 logger = logging.getLogger("lib_precision_lora")
+
+WEBUI = "WebUI"
+"""Who applies LoRAs while we are switched off."""
 
 REQUIREMENTS = (
     Requirement(
@@ -117,7 +124,8 @@ class ForgeBinding:
         files = LoraFiles(
             lambda path: utils.load_torch_file(path, safe_load=True), lambda: self.settings().cache_bytes
         )
-        self.loader = NetworkLoader(files, self.notices)
+        self.record = Record()
+        self.loader = NetworkLoader(files, self.notices, self.record)
         self._replacements = [
             Replacement(lora.LoraLoader, "refresh", self._make_refresh),
             Replacement(memory_management, "load_models_gpu", self._make_load_models),
@@ -138,6 +146,11 @@ class ForgeBinding:
     def sessions(self) -> Mapping[nn.Module, HostedSession]:
         """The models on which something was attached, with their sessions."""
         return self._sessions
+
+    @property
+    def memory_report(self) -> MemoryReport | None:
+        """LoRA factors on the card: as planned, and as they stand there now."""
+        return self.memory.report(list(self._sessions))
 
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
@@ -193,6 +206,7 @@ class ForgeBinding:
             def merge(host_patches: Any) -> None:
                 host_refresh(lora_loader, host_patches, offload_device, True)
 
+            started = time.perf_counter()
             try:
                 problems = session.follow(model, lora_patches, settings.arithmetic, merge)
             except Exception as error:  # out of here, it would leave the host's list of loaded models wrong
@@ -200,8 +214,11 @@ class ForgeBinding:
                 session.clear()
                 reason = f"attaching failed ({type(error).__name__}: {error})"
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
+            record = self.record.present
+            record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
             for problem in problems:
                 self._failures += 1
+                record.problem(problem.source, f"A LoRA was left out: {problem}")
                 self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
 
         return refresh
@@ -276,12 +293,21 @@ class ForgeBinding:
             self.notices.begin()
             for session in self._sessions.values():
                 session.try_again()
-            if self.settings().enabled:
-                self.loader.load(names, te_multipliers, unet_multipliers)
+            settings = self.settings()
+            if settings.enabled:
+                self.record.begin(OURS, settings.arithmetic.compute)
+                self.loader.load(names, te_multipliers, unet_multipliers, settings.detailed_log)
             else:
                 self.stand_back()
-                with self.overrides.hosts_loader():
-                    host_load(names, te_multipliers, unet_multipliers, dyn_dims)
+                present = self.record.begin(WEBUI, "")
+                for file in zip(names, unet_multipliers or (), te_multipliers or (), strict=False):
+                    present.add(FileReport(*file))
+                try:
+                    with self.overrides.hosts_loader():
+                        host_load(names, te_multipliers, unet_multipliers, dyn_dims)
+                except Exception as error:
+                    present.problem(None, f"the WebUI's own loading failed ({type(error).__name__}: {error})")
+                    raise
 
         return load_networks
 

@@ -37,6 +37,7 @@ class HostedSession:
     """Keeps one model's branches equal to what the host's patch dictionary says.
 
     A parameter all of whose patches are understood is ours; any other goes the host's own way, whole.
+    host_layers: source → how many of its parameters that are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,6 +46,7 @@ class HostedSession:
         self._values: list[Any] = []
         self._adapters: dict[int, tuple[Any, Adapter | None]] = {}
         self._theirs: object = None
+        self.host_layers: dict[str, int] = {}
         self._stock_dora_norm = False
         self._problems: list[PatchError] = []
         self._sketched: tuple[object, Mapping[str, Footprint]] | None = None
@@ -70,6 +72,7 @@ class HostedSession:
             self._adapters.clear()
         ours, theirs = self._divide(model, host_patches)
         problems = _take_out_unreadable(theirs)
+        self.host_layers = {source_of(identifier): len(patches) for identifier, patches in theirs.items()}
         if _flat(theirs) != self._theirs:
             self._session.clear()
             problems += self._merge(theirs, merge)
@@ -112,6 +115,7 @@ class HostedSession:
         self._signature = self._theirs = self._sketched = None
         self._values.clear()
         self._adapters.clear()
+        self.host_layers = {}
         self._problems = []
 
     def try_again(self) -> None:

@@ -14,8 +14,13 @@ from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.patchers import KeptPatchers
+from lib_precision_lora.host.record import Record
+from lib_precision_lora.host.report import FileReport
 
 logger = logging.getLogger("lib_precision_lora")
+
+LOGGED_KEYS = 8
+"""How many keys without a layer the log names unless it is to be detailed."""
 
 OUR_HASH = "Precision LoRA"
 """What stands in the engine's `current_lora_hash`, so that the host's own loader never believes that its
@@ -29,9 +34,10 @@ class NetworkLoader:
     conditioning.
     """
 
-    def __init__(self, files: LoraFiles, notices: Notices) -> None:
+    def __init__(self, files: LoraFiles, notices: Notices, record: Record) -> None:
         self._files = files
         self._notices = notices
+        self._record = record
         self._patchers: weakref.WeakKeyDictionary[Any, KeptPatchers] = weakref.WeakKeyDictionary()
         self._key_maps: weakref.WeakKeyDictionary[nn.Module, KeyMap] = weakref.WeakKeyDictionary()
         self._matches: weakref.WeakKeyDictionary[nn.Module, dict[Stamp, FileMatch]] = (
@@ -40,7 +46,11 @@ class NetworkLoader:
         self.versions: tuple[Stamp | None, ...] = ()
 
     def load(
-        self, names: Sequence[str], te_multipliers: Sequence[float], unet_multipliers: Sequence[float]
+        self,
+        names: Sequence[str],
+        te_multipliers: Sequence[float],
+        unet_multipliers: Sequence[float],
+        detailed_log: bool = False,
     ) -> None:
         """Put these LoRAs, in this order, on the current checkpoint; report those that cannot be applied."""
         import networks
@@ -64,14 +74,17 @@ class NetworkLoader:
             try:
                 stamp, match, network = self._read(engine, name)
             except FileProblem as problem:
-                self._notices.problem(name, f"LoRA {name} was left out: {problem}")
+                sentence = f"LoRA {name} was left out: {problem}"
+                self._notices.problem(name, sentence)
+                self._record.present.add(FileReport(name, unet, te, problem=sentence))
                 versions.append(None)
                 continue
-            kept.add(network.network_on_disk.filename, match, unet, te)
+            source = kept.add(network.network_on_disk.filename, match, unet, te)
+            self._record.present.add(report_file(name, match, unet, te), source)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)
-            log_applied(name, match, unet, te)
+            log_applied(name, match, unet, te, None if detailed_log else LOGGED_KEYS)
         self.versions = tuple(versions)
         self._matches[engine.forge_objects_original.unet.model] = matches
         self._use(engine, kept)
@@ -168,11 +181,31 @@ def find_network(networks: Any, name: str) -> Any:
     raise FileProblem("there is no file of this name in the LoRA folder; the list was read anew just now")
 
 
-def log_applied(name: str, match: FileMatch, unet: float, te: float) -> None:
-    """One line for the log: what the file does, and what of it was not used."""
+def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileReport:
+    """What the file brings to this checkpoint, before anything is attached."""
+    return FileReport(
+        name,
+        unet,
+        te,
+        match.summary,
+        match.ranks,
+        match.alphas,
+        len(match.unet),
+        len(match.text_encoder),
+        unmatched=match.unmatched,
+    )
+
+
+def log_applied(name: str, match: FileMatch, unet: float, te: float, keys: int | None) -> None:
+    """One line for the log: what the file does, and what of it was not used.
+
+    keys: how many of those that belong to no layer are named, None for all of them.
+    """
     skipped = ""
     if match.unmatched:
-        skipped = f"; {len(match.unmatched)} keys belong to no layer: {describe_leftover(match.unmatched)}"
+        shown = len(match.unmatched) if keys is None else keys
+        described = describe_leftover(match.unmatched, shown)
+        skipped = f"; {len(match.unmatched)} keys belong to no layer: {described}"
     if match.without_encoder:
         encoders = ", ".join(sorted({kind.label for kind in by_kind(match.without_encoder)}))
         skipped += f"; {len(match.without_encoder)} keys are for what is not loaded: {encoders}"

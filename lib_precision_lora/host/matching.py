@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ class FileMatch:
     """What one file does to the diffusion model and to the text encoders, in the host's patch format.
 
     unmatched: keys that belong to nothing; without_encoder: keys of text encoders that the checkpoint lacks;
-    bundled textual inversions, which are the host's, are in neither. summary: kinds and ranks, for people.
+    bundled textual inversions, which are the host's, are in neither. summary: kinds and ranks, for people;
+    ranks, alphas: those that occur, alphas as the file gives them.
     """
 
     unet: Mapping[Any, Any]
@@ -67,6 +68,8 @@ class FileMatch:
     unmatched: tuple[str, ...]
     without_encoder: tuple[str, ...]
     summary: str
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
 
 
 def match_file(
@@ -83,6 +86,7 @@ def match_file(
     """
     patches: list[dict[Any, Any]] = []
     kinds: Counter[str] = Counter()
+    ranks: set[int] = set()
     rest = dict(state_dict)
     absent: list[str] = []
     misfit = ""
@@ -104,6 +108,7 @@ def match_file(
                 if patch is not None:
                     found[host_key(target)] = patch
                     kinds[describe(patch)] += 1
+                    ranks |= {adapter.rank} - {None}  # type: ignore[arg-type]
                 elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
                     absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             layout = file.layout if file.layout != "unknown" else layout
@@ -136,7 +141,22 @@ def match_file(
         )
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    return FileMatch(patches[0], patches[1], unmatched, without_encoder, summary)
+    used = state_dict.keys() - rest.keys()
+    return FileMatch(
+        patches[0],
+        patches[1],
+        unmatched,
+        without_encoder,
+        summary,
+        tuple(sorted(ranks)),
+        read_alphas(state_dict, used),
+    )
+
+
+def read_alphas(state_dict: Mapping[str, Tensor], used: Iterable[str]) -> tuple[float, ...]:
+    """The different alphas of these keys, smallest first."""
+    alphas = (state_dict[key] for key in used if key.endswith(".alpha"))
+    return tuple(sorted({float(alpha) for alpha in alphas if alpha.numel() == 1}))
 
 
 def encoders_of(text_encoder: KeyMap | None) -> frozenset[int]:

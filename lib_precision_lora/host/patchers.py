@@ -29,22 +29,31 @@ class KeptPatchers:
         if self.clip is not None and original.clip is not None:
             _become_clone(self.clip.patcher, original.clip.patcher)
 
-    def add(self, filename: str, match: FileMatch, unet: float, te: float) -> None:
-        """Put one file on top; the same file again gets a name of its own, so that it adds up."""
+    def add(self, filename: str, match: FileMatch, unet: float, te: float) -> str:
+        """Put one file on top; the same file again gets a name of its own, so that it adds up.
+
+        Returns that name, under which the patchers know it.
+        """
+        patchers = [self.unet] + ([] if self.clip is None else [self.clip.patcher])
+        times = max(
+            sum(str(identifier[0]).startswith(filename) for identifier in patcher.lora_patches)
+            for patcher in patchers
+        )
+        source = filename if not times else f"{filename} ({times + 1})"
         for patcher, patches, strength in (
             (self.unet, match.unet, unet),
             (None if self.clip is None else self.clip.patcher, match.text_encoder, te),
         ):
             if patcher is None or not patches:
                 continue
-            times = sum(str(identifier[0]).startswith(filename) for identifier in patcher.lora_patches)
             patcher.add_patches(
-                filename=filename if not times else f"{filename} ({times + 1})",
+                filename=source,
                 patches=patches,
                 strength_patch=strength,
                 strength_model=1.0,
                 online_mode=False,
             )
+        return source
 
 
 def _become_clone(kept: Any, original: Any) -> None:

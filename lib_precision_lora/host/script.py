@@ -1,10 +1,86 @@
-"""What the WebUI's script callbacks do."""
+"""What the WebUI's script does: the accordion, and the steps of a generation."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import binding, infotext
+from lib_precision_lora.host.arguments import wanted
+from lib_precision_lora.host.generations import COMPUTE_NAMES, GENERATIONS, log_report
+from lib_precision_lora.host.xyz import AXES
+from lib_precision_lora.ui.choices import AS_SET, OURS
+
+logger = logging.getLogger("lib_precision_lora")
+
+
+def make_ui(script: Any) -> list[Any] | None:
+    """The controls of one tab; their values come back as the arguments of `request_override`.
+
+    None in a WebUI that the binding does not know, where there is nothing to choose.
+    """
+    if binding.active() is None:
+        return None
+    from modules.ui_components import InputAccordion
+
+    from lib_precision_lora.host import override
+    from lib_precision_lora.ui.accordion import build_panel
+
+    tab = "img2img" if script.is_img2img else "txt2img"
+    panel = build_panel(InputAccordion, tab, override.low_bits_choices(), GENERATIONS.html)
+    script.infotext_fields = list(zip(panel.controls, infotext.FIELDS, strict=True))
+    script.paste_field_names = list(infotext.FIELDS)
+    return panel.controls
+
+
+def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
+    """Before a generation: what it wants otherwise than the settings, if anything."""
+    if binding.active() is None:
+        return
+    from lib_precision_lora.host import override
+
+    GENERATIONS.begin(p)
+    fields, problems = wanted(arguments, getattr(p, AXES, {}), override.low_bits_choices())
+    for problem in problems:
+        sentence = f"{problem}. The settings were used instead"
+        logger.warning("%s", sentence)
+        p.comment(sentence)
+    asked = override.Override(**fields)
+    if asked != override.Override():
+        override.request(p, asked)
+
+
+def write_parameters(p: Any) -> None:
+    """Into the infotext: mode and storage of this generation where they are not the default."""
+    active = binding.active()
+    if active is None:
+        return
+    from lib_precision_lora.host import override
+
+    asked, mode = override.in_effect(p), infotext.DEFAULT_MODE
+    if any(file.problem is None for file in active.record.present.files):
+        present = active.record.present
+        if asked.patcher != OURS:
+            mode = asked.patcher
+        elif present.patcher == OURS:
+            mode = COMPUTE_NAMES.get(present.compute, present.compute)
+    p.extra_generation_params.update(infotext.parameters(mode, asked.low_bits))
+
+
+def report(p: Any) -> None:
+    """After a generation: what was applied, to the log and for the page."""
+    if binding.active() is None:
+        return
+    from modules import shared
+
+    from lib_precision_lora.host import override
+
+    low_bits = override.in_effect(p).low_bits
+    if low_bits == AS_SET:
+        low_bits = getattr(shared.opts, "forge_unet_storage_dtype", None)
+    done = GENERATIONS.end(p, low_bits)
+    if done is not None:
+        log_report(done)
 
 
 def show_notices(p: Any) -> None:

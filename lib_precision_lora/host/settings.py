@@ -14,8 +14,10 @@ from lib_precision_lora.ui.settings import (
     CACHE,
     COMPUTE,
     DENSE,
+    DETAILED,
     DORA_NORM,
     ENABLED,
+    LOG_DETAIL,
     MARGIN,
     MERGE,
     ON_FAILURE,
@@ -49,6 +51,7 @@ class Settings:
     margin_bytes: int = 0
     stream_all: bool = False
     cache_bytes: int = 2**30
+    detailed_log: bool = False
 
 
 def read_settings(opts: Any) -> Settings:
@@ -66,6 +69,7 @@ def read_settings(opts: Any) -> Settings:
         margin_bytes=_megabytes(getattr(opts, MARGIN, None), default.margin_bytes),
         stream_all=getattr(opts, PLACEMENT, "") == STREAMED,
         cache_bytes=_megabytes(getattr(opts, CACHE, None), default.cache_bytes),
+        detailed_log=getattr(opts, LOG_DETAIL, "") == DETAILED,
     )
 
 

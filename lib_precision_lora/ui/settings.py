@@ -16,9 +16,11 @@ MARGIN = "precision_lora_margin"
 CACHE = "precision_lora_cache"
 STREAMED = "Always streamed from RAM"
 DENSE = "precision_lora_dense"
+LOG_DETAIL = "precision_lora_log_detail"
 CONTINUE, STOP = "Continue without it", "Stop the generation"
 AS_TRAINED, AS_STOCK = "As it was trained", "As stock Forge does"
 AUTOMATIC, BESIDE, MERGE = "Automatic", "Always beside the weights", "Merge"
+NORMAL, DETAILED = "Normal", "Detailed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +105,13 @@ OPTIONS = (
         "used ones go first",
         "Slider",
         {"minimum": 0, "maximum": 16384, "step": 128},
+    ),
+    Option(
+        LOG_DETAIL,
+        NORMAL,
+        "Log detail",
+        "normal: a line for each LoRA; detailed: every key that belongs to no layer, too",
+        "Radio",
+        {"choices": [NORMAL, DETAILED]},
     ),
 )

@@ -261,7 +261,8 @@ def test_the_settings_have_a_section_that_applies(page: Page, webui: WebUI) -> N
     assert section.evaluate("part => part.scrollWidth <= part.clientWidth")
     enabled = section.get_by_label("Enable Precision LoRA")
     dependent = [
-        section.locator(f"#setting_precision_lora_{name}") for name in ("compute", "dora_norm", "on_failure")
+        section.locator(f"#setting_precision_lora_{name}")
+        for name in ("compute", "dora_norm", "on_failure", "log_detail")
     ]
     for value, opacity in ((False, "0.5"), (True, "1")):
         enabled.set_checked(value)

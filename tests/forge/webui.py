@@ -85,10 +85,13 @@ class WebUI:
     """A server that starts when it is made, and ends with its `with` block.
 
     root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
-    models folder; extension: whether Precision LoRA is there, as a link to this repository.
+    models folder; extension: whether Precision LoRA is there, as a link to this repository; credentials:
+    "user:password" that its API asks for, which this client gives.
     """
 
-    def __init__(self, root: Path, data: Path, models: Path, extension: bool) -> None:
+    def __init__(
+        self, root: Path, data: Path, models: Path, extension: bool, credentials: str | None = None
+    ) -> None:
         (data / "extensions").mkdir(parents=True)
         if extension:
             (data / "extensions/precision-lora").symlink_to(REPOSITORY, target_is_directory=True)
@@ -99,6 +102,10 @@ class WebUI:
         (data / "ui-config.json").write_text(json.dumps(PAGE_DEFAULTS))
         self._opener = build_opener(ProxyHandler({}))
         arguments = [*FLAGS, "--port", self.url.rpartition(":")[2], "--data-dir", str(data)]
+        self._headers = {}
+        if credentials is not None:
+            arguments += [f"--api-auth={credentials}"]
+            self._headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
         arguments += ["--models-dir", str(models), "--gradio-allowed-path", str(root)]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
         places = {"HF_HOME": str(data / "huggingface"), "GRADIO_TEMP_DIR": str(data / "gradio")}
@@ -152,13 +159,22 @@ class WebUI:
         return len(self.log())
 
     def get(self, path: str) -> Any:
-        return self._request(Request(f"{self.url}/sdapi/v1/{path}"))
+        """From the WebUI's own API, or from this path of the server where it begins with a slash."""
+        place = path if path.startswith("/") else f"/sdapi/v1/{path}"
+        return self._request(Request(self.url + place, headers=self._headers))
 
     def post(self, path: str, values: Mapping[str, Any]) -> Any:
         body = json.dumps(values).encode()
         return self._request(
-            Request(f"{self.url}/sdapi/v1/{path}", body, {"Content-Type": "application/json"})
+            Request(
+                f"{self.url}/sdapi/v1/{path}", body, {"Content-Type": "application/json", **self._headers}
+            )
         )
+
+    def status(self) -> dict[str, Any]:
+        """What the extension says of itself."""
+        answer: dict[str, Any] = self.get("/precision-lora/v1/status")
+        return answer
 
     def generate(self, prompt: str, **parameters: Any) -> Generation:
         """txt2img, by default of a small image that is always made from the same noise."""

@@ -18,15 +18,19 @@ from lib_precision_lora.ui.settings import (
     COMPUTE,
     CONTINUE,
     DENSE,
+    DETAILED,
     DORA_NORM,
     ENABLED,
+    LOG_DETAIL,
     MARGIN,
     MERGE,
+    NORMAL,
     ON_FAILURE,
     OPTIONS,
     PLACEMENT,
     SECTION,
     STOP,
+    STREAMED,
 )
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import distance, generate, load_checkpoint
@@ -155,7 +159,17 @@ def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Check
 def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert SECTION == ("precision_lora", "Precision LoRA")
     options = {option.key: option for option in OPTIONS}
-    assert list(options) == [ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT, MARGIN, CACHE]
+    assert list(options) == [
+        ENABLED,
+        COMPUTE,
+        DENSE,
+        DORA_NORM,
+        ON_FAILURE,
+        PLACEMENT,
+        MARGIN,
+        CACHE,
+        LOG_DETAIL,
+    ]
     assert all(key.startswith("precision_lora_") for key in options)
     assert options[ENABLED].default is True
     assert options[COMPUTE].default == options[COMPUTE].component_args["choices"][0] == "Automatic"
@@ -164,6 +178,7 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
     assert options[DORA_NORM].default == options[DORA_NORM].component_args["choices"][0] == AS_TRAINED
     assert options[ON_FAILURE].default == CONTINUE
     assert options[ON_FAILURE].component_args["choices"] == [CONTINUE, STOP]
+    assert options[LOG_DETAIL].default == options[LOG_DETAIL].component_args["choices"][0] == NORMAL
     assert all(option.label and option.info for option in OPTIONS)
     for option in OPTIONS:
         if option.component == "Radio":
@@ -189,7 +204,7 @@ def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
 
 @pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT):
+    for key in (ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT, LOG_DETAIL):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
 
@@ -201,8 +216,10 @@ def test_a_nonsense_count_of_megabytes_reads_as_the_default(nonsense: Any) -> No
 
 
 def test_values_read_as_what_they_say() -> None:
-    options = SimpleNamespace(**{ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP})
-    assert read_settings(options) == Settings(False, Arithmetic("fp32", True, "auto"), "stop")
+    values = {ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP, LOG_DETAIL: DETAILED}
+    values |= {PLACEMENT: STREAMED, MARGIN: 256, CACHE: 0}
+    expected = Settings(False, Arithmetic("fp32", True, "auto"), "stop", 2**28, True, 0, True)
+    assert read_settings(SimpleNamespace(**values)) == expected
     for choice, policy in ((AUTOMATIC, "auto"), (BESIDE, "branch"), (MERGE, "merge")):
         assert read_settings(SimpleNamespace(**{DENSE: choice})).arithmetic.dense == policy
 

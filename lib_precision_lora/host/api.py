@@ -1,0 +1,156 @@
+"""The extension's own routes, beside those of the WebUI and behind the same credentials.
+
+GET /precision-lora/v1/status            what is active, and what the last generation applied
+GET /precision-lora/v1/inspect?lora=…    what a LoRA file holds, and what is wrong with it
+
+They exist with `--api` alone. A LoRA is named as the WebUI lists it; where files lie is not told.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+
+from lib_precision_lora import __version__
+from lib_precision_lora.host import api_models as models
+from lib_precision_lora.host import binding
+from lib_precision_lora.host.arguments import problems
+from lib_precision_lora.host.generations import COMPUTE_NAMES, GENERATIONS
+from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.report.inspect_file import UnreadableFileError, inspect_file
+from lib_precision_lora.ui.accordion import TITLE
+
+logger = logging.getLogger("lib_precision_lora")
+
+ROOT = "/precision-lora/v1"
+LONGEST_NAME = 260
+
+_one_inspection = threading.Lock()
+"""A file is read whole: one at a time, however many ask."""
+
+_argument_check: Replacement | None = None
+
+
+def add_api(_: Any, app: FastAPI) -> None:
+    """The routes, where the WebUI was started with `--api`; arguments of the script are checked there."""
+    from modules import shared
+
+    if not shared.cmd_opts.api:
+        return
+    credentials = [Depends(check_credentials)] if shared.cmd_opts.api_auth else []
+    routes: list[tuple[str, Callable[..., Any], Any, str]] = [
+        ("status", get_status, models.Status, "What is active, and what the last generation applied"),
+        ("inspect", get_inspection, models.Inspection, "What a LoRA file holds, and what is wrong with it"),
+    ]
+    for name, endpoint, answer, summary in routes:
+        app.add_api_route(
+            f"{ROOT}/{name}",
+            endpoint,
+            methods=["GET"],
+            response_model=answer,
+            dependencies=credentials,
+            summary=summary,
+            tags=[TITLE],
+            responses={404: {"model": models.Problem}} if name != "status" else None,
+        )
+    if binding.active() is not None:
+        check_arguments_of_requests()
+
+
+def remove_api() -> None:
+    """Leave the WebUI's own part as it was; the routes go with the WebUI's application."""
+    global _argument_check
+    if _argument_check is not None:
+        _argument_check.undo()
+        _argument_check = None
+
+
+def check_arguments_of_requests() -> None:
+    """Refuse a generation whose arguments for our script are no such arguments, before it is queued."""
+    global _argument_check
+    if _argument_check is not None:
+        return
+    from modules.api.api import Api
+
+    from lib_precision_lora.host import override
+
+    def make(host_arguments: Callable[..., Any]) -> Callable[..., Any]:
+        def init_script_args(api: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            for name, script in (request.alwayson_scripts or {}).items():
+                if name.lower() != TITLE.lower() or not isinstance(script, dict) or "args" not in script:
+                    continue
+                given = script["args"]
+                if not isinstance(given, list):
+                    raise HTTPException(422, "Precision LoRA: args must be a list")
+                wrong = problems(given, override.low_bits_choices())
+                if wrong:
+                    raise HTTPException(422, "; ".join(wrong))
+            return host_arguments(api, request, *args, **kwargs)
+
+        return init_script_args
+
+    _argument_check = Replacement(Api, "init_script_args", make)
+
+
+def check_credentials(given: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -> None:
+    """Those of `--api-auth`, in constant time for each user. Raises 401."""
+    from modules import shared
+
+    for entry in shared.cmd_opts.api_auth.split(","):
+        user, _, password = entry.partition(":")
+        same_user = secrets.compare_digest(given.username.encode(), user.encode())
+        if secrets.compare_digest(given.password.encode(), password.encode()) and same_user:
+            return
+    raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
+
+
+async def get_status() -> models.Status:
+    """Reads values that nobody changes any more: any number of calls disturbs no generation."""
+    active, last = binding.active(), GENERATIONS.last
+    settings = None if active is None else active.settings()
+    return models.Status(
+        version=__version__,
+        active=active is not None,
+        enabled=settings is not None and settings.enabled,
+        compute="" if settings is None else compute_name(settings.arithmetic.compute),
+        last_generation=None if last is None else models.Generation(**last.to_json()),
+    )
+
+
+def compute_name(mode: str) -> str:
+    return COMPUTE_NAMES.get(mode, mode)
+
+
+def get_inspection(
+    lora: Annotated[str, Query(min_length=1, max_length=LONGEST_NAME, description="as the WebUI lists it")],
+) -> models.Inspection:
+    path = find_lora(lora)
+    try:
+        with _one_inspection:
+            found = inspect_file(path)
+    except UnreadableFileError as error:
+        raise HTTPException(422, str(error).replace(str(path), path.name)) from None
+    except Exception:  # a damaged file can fail in any way; the log has it, the client need not
+        logger.exception("inspecting LoRA %s failed", lora)
+        raise HTTPException(500, f"Inspecting LoRA {lora} failed; the WebUI's log says why") from None
+    return models.Inspection(**{**found.as_object(), "name": lora})
+
+
+def find_lora(name: str) -> Path:
+    """The file that the WebUI lists under this name. Raises 404 for any other name, be it a path's or not."""
+    import networks
+
+    known = networks.available_networks
+    if name not in known and name.lower() not in networks.forbidden_network_aliases:
+        known = networks.available_network_aliases
+    found = known.get(name)
+    if found is None:
+        raise HTTPException(404, "There is no LoRA of this name; name it as the WebUI's Lora tab does")
+    return Path(found.filename)

@@ -1,0 +1,64 @@
+"""What the API answers, for its documentation at /docs."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class Problem(BaseModel):
+    detail: str = Field(description="What is wrong, in a sentence")
+
+
+class File(BaseModel):
+    name: str = Field(description="As in the prompt")
+    strength: float = Field(description="In the diffusion model")
+    text_strength: float = Field(description="In the text encoders")
+    kinds: str = Field(description="Kinds with their ranks, and how many layers have them")
+    ranks: list[int]
+    alphas: list[float] = Field(description="As the file gives them")
+    unet_layers: int = Field(description="Layers of the diffusion model that it changes")
+    text_layers: int = Field(description="Layers of the text encoders that it changes")
+    host_layers: int = Field(description="Those among them that went the WebUI's own way")
+    unmatched: list[str] = Field(description="Keys that belong to no layer")
+    problem: str | None = Field(description="Why it was left out whole; null where it was applied")
+
+
+class Generation(BaseModel):
+    files: list[File]
+    patcher: str = Field(description="Who applied them: Precision LoRA, or the WebUI")
+    compute: str = Field(description="Compute mode in effect")
+    low_bits: str | None = Field(description='"Diffusion in Low Bits" in effect')
+    stored: dict[str, int] = Field(description="Kind of stored weight, and how many weights are of it")
+    planned_bytes: int | None = Field(description="LoRA factors on the card, as planned")
+    measured_bytes: int | None = Field(description="LoRA factors on the card, as they stand there")
+    attach_seconds: float
+    problems: list[str]
+    finished: bool
+
+
+class Status(BaseModel):
+    version: str
+    active: bool = Field(description="False where this WebUI is none that the extension knows")
+    enabled: bool = Field(description="The setting")
+    compute: str = Field(description="The setting")
+    last_generation: Generation | None
+
+
+class Layer(BaseModel):
+    name: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    nbytes: int
+
+
+class Inspection(BaseModel):
+    name: str = Field(description="As asked for")
+    nbytes: int = Field(description="Of the file")
+    layout: str = Field(description="Whose naming it has")
+    kinds: dict[str, int] = Field(description="Kind, and how many layers have it")
+    ranks: dict[int, int]
+    alphas: dict[float, int]
+    layers: list[Layer]
+    unmatched: list[str] = Field(description="Keys that are not understood")
+    findings: list[str] = Field(description="Why it, or a part of it, cannot be applied")

@@ -1,0 +1,74 @@
+"""What a generation applied: plain values, for the page, the log and the API."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """One LoRA of the prompt.
+
+    kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
+    matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
+    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None.
+    """
+
+    name: str
+    strength: float
+    text_strength: float
+    kinds: str = ""
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    unet_layers: int = 0
+    text_layers: int = 0
+    host_layers: int = 0
+    unmatched: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """All LoRAs of a generation, in prompt order, those of a hires pass after those of the first.
+
+    patcher: who applied them; compute: the mode in effect; low_bits: the name under "Diffusion in Low Bits"
+    in effect, None where it is not known; stored: how the diffusion model's weights lie in memory, kind →
+    number; planned_bytes and measured_bytes: LoRA factors on the card, None where nothing was planned;
+    attach_seconds: time spent on following the prompt's LoRAs; problems: sentences; finished: False where
+    the generation was interrupted by an error.
+    """
+
+    files: tuple[FileReport, ...] = ()
+    patcher: str = ""
+    compute: str = ""
+    low_bits: str | None = None
+    stored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    planned_bytes: int | None = None
+    measured_bytes: int | None = None
+    attach_seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    finished: bool = True
+
+    @property
+    def applied(self) -> tuple[FileReport, ...]:
+        return tuple(file for file in self.files if file.problem is None)
+
+    @property
+    def left_out(self) -> tuple[FileReport, ...]:
+        return tuple(file for file in self.files if file.problem is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's types."""
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "files": [
+                {**dataclasses.asdict(file), "ranks": list(file.ranks), "alphas": list(file.alphas)}
+                | {"unmatched": list(file.unmatched)}
+                for file in self.files
+            ],
+            "stored": dict(self.stored),
+            "problems": list(self.problems),
+        }

@@ -1,0 +1,103 @@
+"""The accordion "Precision LoRA" in Forge's page, as far as the tests click through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tests.forge.page import PATIENCE_MS, Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator
+
+NARROW = 400
+"""Pixels; a telephone."""
+
+
+class PanelPage(Page):
+    """txt2img, with the accordion."""
+
+    @property
+    def accordion(self) -> Locator:
+        return self._page.locator("#precision_lora_txt2img")
+
+    @property
+    def applied(self) -> Locator:
+        return self._page.locator("#precision_lora_txt2img_applied")
+
+    @property
+    def infotext(self) -> str:
+        return self._page.locator("#html_info_txt2img").inner_text()
+
+    @property
+    def enabled(self) -> bool:
+        return self.accordion.locator(".input-accordion-checkbox").is_checked()
+
+    def toggle(self) -> None:
+        """Open the accordion, or close it; the checkbox follows."""
+        self.accordion.locator(".label-wrap").first.click()
+
+    def choose(self, control: str, value: str) -> None:
+        """control: the last part of its name in the page ("low_bits", "compute", "patcher")."""
+        self.accordion.locator(f"#precision_lora_txt2img_{control} input").click()
+        self._page.get_by_role("option", name=value, exact=True).click()
+
+    def choice(self, control: str) -> str:
+        return self.accordion.locator(f"#precision_lora_txt2img_{control} input").input_value()
+
+    def wait_for_applied(self, text: str) -> str:
+        """Until what was applied says so, opened; returns all of it."""
+        summary = self.applied.locator("details").first.locator("summary").first
+        summary.wait_for()
+        if self.applied.locator("details[open]").count() == 0:
+            summary.click()
+        self.applied.locator("details").first.filter(has_text=text).wait_for()
+        return self.applied.inner_text()
+
+    def send_from_png_info(self, png: bytes) -> None:
+        """Drop an image into PNG Info, and press "Send to txt2img"."""
+        self._page.get_by_role("tab", name="PNG Info", exact=True).click()
+        tab = self._page.locator("#tab_pnginfo")
+        if tab.get_by_label("Remove Image").count():
+            tab.get_by_label("Remove Image").click()
+        image = {"name": "image.png", "mimeType": "image/png", "buffer": png}
+        tab.locator("input[type=file]").first.set_input_files([image])
+        tab.locator("#tab_pnginfo, .gradio-html", has_text="Steps:").first.wait_for()
+        tab.locator("#txt2img_tab").click()
+        self.accordion.wait_for()
+
+    @property
+    def warnings(self) -> Locator:
+        return self._page.locator(".toast-wrap")
+
+    def overflowing(self) -> list[str]:
+        """What of ours is wider than its place, or reaches out of the window."""
+        parts = "#precision_lora_txt2img, #precision_lora_txt2img_applied, #precision_lora_txt2img_applied *"
+        found: list[str] = self._page.evaluate(
+            "parts => [...document.querySelectorAll(parts)].filter(part =>"
+            " part.getBoundingClientRect().right > innerWidth"
+            " || (part.clientWidth && part.scrollWidth > part.clientWidth + 1)).map(part =>"
+            " `${part.outerHTML.slice(0, 80)} ${part.scrollWidth} in ${part.clientWidth}`)",
+            parts,
+        )
+        return found
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until the page has done what was asked of it."""
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while not condition():
+            assert time.monotonic() < deadline, "the page did not come to this state"
+            self._page.wait_for_timeout(50)
+
+    def reopen(self, theme: str, width: int) -> None:
+        """As somebody sees it who comes with this theme, on a screen of this width."""
+        self._page.set_viewport_size({"width": width, "height": 1280})
+        self._page.goto(f"{self._page.url.partition('?')[0]}?__theme={theme}", wait_until="domcontentloaded")
+        self.wait_until_ready()
+
+    def pictured(self, name: str) -> None:
+        """The accordion and what stands under it."""
+        group = self.accordion.locator("xpath=ancestor::*[descendant::*[contains(@id, '_applied')]][1]")
+        group.scroll_into_view_if_needed()
+        self.screenshot(name, group)
