@@ -91,9 +91,8 @@ def warn_of_what_is_not_pasted(infotext: str, values: Mapping[str, Any]) -> None
     import gradio
 
     for problem in read_parameters(values, _low_bits_choices()).problems:
-        sentence = f"Precision LoRA: {problem}."
-        logger.warning("%s", sentence)
-        gradio.Warning(sentence)
+        logger.warning("%s", problem)
+        gradio.Warning(f"Precision LoRA: {problem}.")
 
 
 def _low_bits_choices() -> list[str]:
