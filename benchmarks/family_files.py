@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
+from lib_precision_lora.memory.chunks import SINGLE_COPIES, Load, token_count
 
 KRONECKER = 16
 """LoKr's a."""
@@ -64,7 +64,7 @@ class Sizes:
             "p": o // KRONECKER,
             "q": i // KRONECKER,
             "m": (blocks & -blocks).bit_length(),
-            "c": -(-self.tokens // max(1, WORKSPACE_BYTES // (8 * (i + o)))),
+            "c": -(-self.tokens // token_count(Load(o, i, 0, SINGLE_COPIES, whole=True).token_bytes())),
         }
 
     def value(self, formula: str) -> int:
