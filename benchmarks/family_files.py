@@ -6,7 +6,8 @@ The letters of the formulas, which are sums of products:
     r  rank, or the size of OFT's blocks
     R  the smallest rank at which a LoHa is made in row blocks, R²·(i + o) ≥ i·o
     a  rows and columns of LoKr's left factor; its right one is p×q
-    m  BOFT's stages                c  chunks in which the tokens run
+    m  BOFT's stages on outputs     n  on inputs, of which s = n − 1 lie between orders
+    c  chunks in which the tokens run
 
 FLOPs are those of the products of one forward, two for a multiplication with its addition, beside the layer's
 own 2·t·o·i. Bytes are what stays in memory while the file, in fp16, is attached.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
+from lib_precision_lora.memory.chunks import SINGLE_COPIES, Load, token_count
 
 KRONECKER = 16
 """LoKr's a."""
@@ -32,7 +33,7 @@ Parts = dict[str, "tuple[int, ...] | float"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The layer and the file; i and o are multiples of `KRONECKER`, o of r too."""
+    """The layer and the file; i and o are multiples of `KRONECKER` and of r."""
 
     tokens: int = 512
     inputs: int = 3072
@@ -41,10 +42,10 @@ class Sizes:
 
     def __post_init__(self) -> None:
         i, o, r = self.inputs, self.outputs, self.rank
-        if min(self.tokens, i, o, r) < 1 or i % KRONECKER or o % KRONECKER or r % 2 or o % r:
+        if min(self.tokens, i, o, r) < 1 or i % KRONECKER or o % KRONECKER or r % 2 or o % r or i % r:
             raise ValueError(
                 f"{self.tokens} tokens, {i} inputs, {o} outputs and rank {r}: all are positive, inputs and "
-                f"outputs are multiples of {KRONECKER}, and the rank is even and divides the outputs"
+                f"outputs are multiples of {KRONECKER}, and the rank is even and divides both"
             )
         if r * r * (i + o) >= i * o:
             raise ValueError(f"rank {r} is too large for {o}×{i}: a LoHa of it would be made in row blocks")
@@ -53,7 +54,7 @@ class Sizes:
     def letters(self) -> dict[str, int]:
         """What the formulas call the sizes."""
         i, o, r = self.inputs, self.outputs, self.rank
-        blocks = o // r
+        stages, input_stages = (((side // r) & -(side // r)).bit_length() for side in (o, i))
         return {
             "t": self.tokens,
             "i": i,
@@ -63,8 +64,10 @@ class Sizes:
             "a": KRONECKER,
             "p": o // KRONECKER,
             "q": i // KRONECKER,
-            "m": (blocks & -blocks).bit_length(),
-            "c": -(-self.tokens // max(1, WORKSPACE_BYTES // (8 * (i + o)))),
+            "m": stages,
+            "n": input_stages,
+            "s": input_stages - 1,
+            "c": -(-self.tokens // token_count(Load(o, i, 0, SINGLE_COPIES, whole=True).token_bytes())),
         }
 
     def value(self, formula: str) -> int:
@@ -172,6 +175,18 @@ def boft(rescaled: bool) -> Callable[[Mapping[str, int]], Parts]:
     return parts
 
 
+def glora_tucker(n: Mapping[str, int]) -> Parts:
+    return glora(n) | {"bm.weight": (n["r"], n["r"], 1)}
+
+
+def oft_peft(shared: bool) -> Callable[[Mapping[str, int]], Parts]:
+    return lambda n: {"oft_R.weight": (1 if shared else n["i"] // n["r"], n["r"] * (n["r"] - 1) // 2)}
+
+
+def boft_peft(n: Mapping[str, int]) -> Parts:
+    return {"boft_R": (n["n"], n["i"] // n["r"], n["r"], n["r"]), "boft_s": (n["o"], 1)}
+
+
 def diff(n: Mapping[str, int]) -> Parts:
     return {"diff": (n["o"], n["i"])}
 
@@ -212,5 +227,9 @@ FILES: Mapping[str, FamilyFile] = {
     "boft": FamilyFile(boft(False), BOFT, BOFT_BYTES),
     "boft-rescale": FamilyFile(boft(True), BOFT, f"{BOFT_BYTES} + 4·o"),
     "diff": FamilyFile(diff, PASS, "2·o·i"),
+    "oft-peft": FamilyFile(oft_peft(False), f"{PASS} + 2·t·i·r", "4·i·r"),
+    "oft-peft-shared": FamilyFile(oft_peft(True), f"{PASS} + 2·t·i·r", "4·r·r"),
+    "boft-peft": FamilyFile(boft_peft, f"{PASS} + 2·n·t·i·r", "4·n·i·r + 16·s·i + 4·o"),
+    "glora-tucker": FamilyFile(glora_tucker, GLORA, "20·r·i + 14·r·o + 16·r"),
 }
 """The names are those of `FAMILIES` in tests/families.py."""

@@ -15,7 +15,6 @@ from lib_precision_lora.adapters.adapter import AdapterError
 from lib_precision_lora.adapters.operators import Chain, Diagonal, Operator, Uniform
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES, token_count
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import enlargement, mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
@@ -23,6 +22,7 @@ from lib_precision_lora.branch.patches import PatchInput
 from lib_precision_lora.branch.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.rows import add_rows
 from lib_precision_lora.branch.wide_input import WideInput
+from lib_precision_lora.memory.chunks import WORKSPACE_BYTES, token_count
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters.operators import Operator
+from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Dense, Hadamard, LowRank
-from lib_precision_lora.branch.chunks import FP32, WORKSPACE_BYTES, token_bytes
+from lib_precision_lora.branch.chunks import load
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.rows import DENSE_BLOCK_BYTES
+from lib_precision_lora.branch.operands import up_blocks
 from lib_precision_lora.branch.sites import Kind, Site
-from lib_precision_lora.branch.stack import low_rank
+from lib_precision_lora.branch.stack import UpBlock, low_rank
+from lib_precision_lora.memory.chunks import FP32, dense_block_bytes
+from lib_precision_lora.memory.footprint import Footprint
 
 FP16 = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes that one module's branch takes on a device.
-
-    factors: the sizes of the tensors that are placed there; shared: of these, the bytes that need no
-    memory of their own where the file's tensors lie on the same device (a CPU); workspace: what a forward
-    takes on top, whatever the count of tokens, once they fill a chunk; token_bytes: before that, for each
-    token, next to fixed_bytes; position_bytes: for each position of a convolution, whose parts are not cut.
-    """
-
-    factors: tuple[int, ...] = ()
-    shared: int = 0
-    token_bytes: int = 0
-    fixed_bytes: int = 0
-    position_bytes: int = 0
-
-    @property
-    def factor_bytes(self) -> int:
-        return sum(self.factors)
-
-    def workspace_bytes(self, tokens: int) -> int:
-        """tokens: rows of the input, or positions of the largest sample."""
-        return (
-            min(WORKSPACE_BYTES, tokens * self.token_bytes) + tokens * self.position_bytes + self.fixed_bytes
-        )
-
-    def with_bias(self, rows: int) -> Footprint:
-        """Beside the change of a bias, fp32."""
-        return replace(self, factors=(*self.factors, rows * FP32), shared=self.shared + rows * FP32)
 
 
 def footprints(
@@ -95,72 +67,70 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, half: bool, copies: fl
     outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
     if kind == "embedding":
         return Footprint(token_bytes=6 * FP32 * inputs)
-    stack = _Stack(low_rank(weight.steps), half)
-    sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
-    sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
+    stack = _Stack(low_rank(weight.steps), up_blocks(weight.steps, outputs), half)
+    sizes = [*stack.sizes, *((_bytes(tensor), True) for tensor in _others(weight))]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
+    beside = load(inputs, outputs, stack.rank, weight.steps, turns, copies)
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
-        token_bytes=token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies),
-        fixed_bytes=int(stack.recast() * copies) + _dense_blocks(weight.steps),
-        position_bytes=_position_bytes(weight, stack.rank, turns, copies) if kind == "conv" else 0,
+        token_bytes=beside.token_bytes(),
+        fixed_bytes=int(stack.recast * copies) + _dense_blocks(weight.steps),
+        position_bytes=beside.position_bytes(weight.stored.shape[1]) if kind == "conv" else 0,
     )
 
 
-def _position_bytes(weight: EffectiveWeight, rank: int, turns: Sequence[Turn], copies: float) -> int:
-    """What the forward of a convolution makes for all positions of a sample at once, for each of them."""
-    outputs, channels = weight.stored.shape[:2]
-    numbers = rank * copies
-    if turns:
-        numbers += 4.0 * channels + outputs
-    whole = [s for s in weight.steps if isinstance(s, Add) and not isinstance(s.term, LowRank)]
-    if whole:
-        numbers += 2 * outputs + channels
-        numbers += outputs if any(isinstance(step, Left) for step in weight.steps) or turns else 0
-    return int(FP32 * numbers)
-
-
 class _Stack:
-    """The sizes of a stack of low-rank additions (`stack.build_stack`)."""
+    """The tensors of a stack of low-rank additions (`stack.build_stack`).
 
-    def __init__(self, additions: Sequence[Add], half: bool) -> None:
-        self.half = half
-        self.ups: list[tuple[int, int, int]] = []  # elements, bytes of one, elements made anew
-        self.downs: list[tuple[int, int, int]] = []
-        self.rank = 0
-        for step in additions:
-            assert isinstance(step.term, LowRank)
-            rows, rank = step.stop - step.start, step.term.rank
-            self.rank += rank
-            up_size = FP32 if step.row_change is not None else step.term.up.element_size()
-            down_size = FP32 if step.columns else step.term.down.element_size()
-            up_new = half or step.row_change is not None or not step.term.up.is_contiguous()
-            down_new = half or bool(step.columns)
-            self.ups.append((rows * rank, FP16 if half else up_size, up_new))
-            self.downs.append((step.term.down.numel(), FP16 if half else down_size, down_new))
-        self._joined = len(additions) > 1
+    sizes: bytes of each, and whether it is the file's own where that lies on the device already; recast:
+    bytes of the fp32 copies of factors while they are multiplied, those of one side at a time.
+    """
 
-    def made(self) -> Iterator[int]:
-        """Tensors that are made for the device in any case."""
-        if self.rank:
-            yield from (self.rank * FP32, self.rank * FP32)  # exponents and scales
-        if self._joined and self.downs:
-            yield sum(count for count, _, _ in self.downs) * max(size for _, size, _ in self.downs)
-        yield from (count * size for count, size, new in self.ups if new or self._joined)
-        yield from (count * size for count, size, new in self.downs if new and not self._joined)
+    def __init__(self, additions: Sequence[Add], blocks: Sequence[UpBlock], half: bool) -> None:
+        self.rank = sum(_low_rank(step).rank for step in additions)
+        self.sizes: list[tuple[int, bool]] = []
+        self.recast = 0
+        if not additions:
+            return
+        self.sizes += [(self.rank * FP32, False)] * 2  # exponents and scales
+        downs = [(_low_rank(step).down, bool(step.columns)) for step in additions]
+        columns = downs[0][0].shape[1]
+        self._hold([(columns, self.rank, downs)], half)
+        ups = [(_low_rank(step).up, step.row_change is not None) for step in additions]
+        self._hold(
+            [
+                (
+                    block[0][2] - block[0][1],
+                    sum(_low_rank(additions[number]).rank for number, _, _ in block),
+                    [ups[number] for number, _, _ in block],
+                )
+                for block in blocks
+            ],
+            half,
+        )
 
-    def kept(self) -> Iterator[int]:
-        """Tensors that are the file's own, where they lie on the device already."""
-        if not self._joined:
-            yield from (count * size for count, size, new in (*self.ups, *self.downs) if not new)
+    def _hold(self, joined: Iterable[tuple[int, int, Sequence[tuple[Tensor, bool]]]], half: bool) -> None:
+        """Factors of one side: length and rank of each joined one, and its parts, changed or as they are."""
+        recast = 0
+        for length, rank, parts in joined:
+            changed = half or any(change for _, change in parts)
+            element = FP16 if half else _joined_type(parts).itemsize
+            own = changed or len(parts) > 1 or not parts[0][0].is_contiguous()
+            self.sizes.append((length * rank * element, not own))
+            recast += length * rank * FP32 if element < FP32 and not half else 0
+        self.recast = max(self.recast, recast)
 
-    def recast(self) -> int:
-        """fp32 copies of the factors while they are multiplied: of one side at a time."""
-        if self.half:
-            return 0
-        sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
-        return max((FP32 * sum(count for count, _, _ in side) for side in sides), default=0)
+
+def _low_rank(step: Add) -> LowRank:
+    assert isinstance(step.term, LowRank)
+    return step.term
+
+
+def _joined_type(parts: Iterable[tuple[Tensor, bool]]) -> torch.dtype:
+    """The type of factors side by side, those that are changed in fp32: fp16 beside bf16 makes fp32."""
+    types = [torch.float32 if changed else part.dtype for part, changed in parts]
+    return functools.reduce(torch.promote_types, types)
 
 
 def _others(weight: EffectiveWeight) -> Iterator[Tensor]:
@@ -194,17 +164,25 @@ def _turn_tensors(turns: Iterable[Turn]) -> Iterator[Tensor]:
 
 
 def _operator_tensors(operator: Operator) -> Iterator[Tensor]:
+    """What an operator has on a device, the orders of a rotation too."""
+    if isinstance(operator, Chain):
+        for part in operator.parts:
+            yield from _operator_tensors(part)
+        return
     yield from operator.tensors()
+    if isinstance(operator, Blocks):
+        yield from (order for order in (operator.order, operator.inverse) if order is not None)
 
 
 def _dense_blocks(steps: Sequence[Add | Left]) -> int:
-    """The fp32 block of a dense or Hadamard term that is at hand, its source, and its product."""
-    streamed = [
-        min(DENSE_BLOCK_BYTES, FP32 * math.prod(step.term.size))
-        for step in steps
-        if isinstance(step, Add) and isinstance(step.term, (Dense, Hadamard))
-    ]
-    return 3 * max(streamed, default=0)
+    return max(
+        (
+            dense_block_bytes(math.prod(step.term.size))
+            for step in steps
+            if isinstance(step, Add) and isinstance(step.term, (Dense, Hadamard))
+        ),
+        default=0,
+    )
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -11,11 +11,11 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.chunks import token_count
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
 from lib_precision_lora.branch.wide_input import WideInput
+from lib_precision_lora.memory.chunks import token_count
 
 LARGEST_ENLARGED = 2.0**5
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import token_chunks
 from lib_precision_lora.branch.rows import accumulate
 from lib_precision_lora.branch.vector import DeltaVector
 from lib_precision_lora.branch.wide_input import WideInput
+from lib_precision_lora.memory.chunks import WORKSPACE_BYTES
 
 
 class NormBranch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
-from lib_precision_lora.branch.chunks import operand_copies, token_bytes
+from lib_precision_lora.branch.chunks import load, operand_copies
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
@@ -160,20 +160,10 @@ class WeightBranch:
         if self.bias is not None:
             self.bias.release()
 
-    def _up_blocks(self) -> list[UpBlock]:
-        """What the output side of the stack is cut into: one block per range of rows of each phase."""
-        numbers = _numbers(self.steps)
-        blocks = [
-            _up_block(additions, start, stop, numbers)
-            for _, additions in _grouped(self.steps)
-            for start, stop in _row_ranges(additions, self.rows)
-        ]
-        return [block for block in blocks if block]
-
     def _make(self, product: Product, device: torch.device) -> Operands:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
-        self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
+        self._stack = build_stack(low_rank(self.steps), up_blocks(self.steps, self.rows), product.half, home)
         if self.stream is not None and device.type == "cuda":
             self._stack = pinned(self._stack)
         self._copies = DeviceCopies(home)
@@ -198,16 +188,30 @@ class WeightBranch:
         phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
-        size = token_bytes(
+        size = load(
             self.columns,
             self.rows,
             0 if down is None else down.shape[0],
             self.steps,
             [turn for piece in self.pieces for turn in piece.turns],
             operand_copies(product, device),
-        )
+        ).token_bytes()
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
+
+
+def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
+    """What the output side of a stack is cut into: one block per range of rows of each phase.
+
+    rows: of the weight.
+    """
+    numbers = _numbers(steps)
+    blocks = [
+        _up_block(additions, start, stop, numbers)
+        for _, additions in _grouped(steps)
+        for start, stop in _row_ranges(additions, rows)
+    ]
+    return [block for block in blocks if block]
 
 
 def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:

@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
 from lib_precision_lora.branch.linear import LinearInput, enlargement, turn
 from lib_precision_lora.branch.operands import Operands
 from lib_precision_lora.branch.rows import BranchInput
+from lib_precision_lora.memory.chunks import WORKSPACE_BYTES
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -18,11 +18,8 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.chunks import WORKSPACE_BYTES
 from lib_precision_lora.branch.operands import Operands, RowRange
-
-DENSE_BLOCK_BYTES = 8 * 2**20
-"""Largest block of a dense remainder that is brought to fp32 at a time."""
+from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, WORKSPACE_BYTES
 
 
 class BranchInput(Protocol):

@@ -23,7 +23,7 @@ from lib_precision_lora.branch.compose import (
     out_of_memory,
 )
 from lib_precision_lora.branch.fitted import FittedAdapters
-from lib_precision_lora.branch.footprint import Footprint, footprints
+from lib_precision_lora.branch.footprint import footprints
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.operands import WeightBranch
@@ -35,6 +35,7 @@ from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
 from lib_precision_lora.branch.undo import Undo, run_all, run_back
+from lib_precision_lora.memory.footprint import Footprint
 
 logger = logging.getLogger(__name__)
 

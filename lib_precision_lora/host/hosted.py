@@ -21,10 +21,10 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchSession
-from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
+from lib_precision_lora.memory.footprint import Footprint
 from lib_precision_lora.storage import StorageError
 
 logger = logging.getLogger("lib_precision_lora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,13 @@ ROLES: Mapping[str, str] = {
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
     **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2", "bm")},
+    ".lora_B.bias": "diff_b",
     ".oft_blocks": "oft_blocks",
     ".rescale": "rescale",
+    **{f".oft_R{ending}": "oft_R" for ending in (".weight", ".default.weight")},
+    ".oft_R.scaled_oft": "scaled_oft",
+    **{f".{part}": part for part in ("oft_r", "oft_s", "boft_R", "boft_s")},
+    **{f".{part}.default": part for part in ("oft_r", "oft_s", "boft_R", "boft_s")},
     ".ia3_l": "ia3",
     ".ia3_l.default": "ia3",
     ".on_input": "on_input",
@@ -34,14 +40,24 @@ ROLES: Mapping[str, str] = {
     ".diff_b": "diff_b",
     ".b_norm": "diff_b",
     ".alpha": "alpha",
+    ".q_layer.weight": "q_layer",
+    ".p_layer.weight": "p_layer",
+    ".lambda_layer": "lambda_layer",
     ".weight": "weight",
 }
 """Endings of a LoRA file's keys → what the tensor is."""
 
+_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)$")
+"""PEFT's endings with the name of the adapter in them."""
+
 _BY_LENGTH = sorted(ROLES, key=len, reverse=True)
+INPUT_LAYERS = ("img_in", "input_blocks.0.0")
+"""Layers that a control LoRA may widen."""
+
 _KINDS = (
     *(("up", "lora"), ("down", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"), ("lokr_w1_a", "lokr")),
-    *(("ia3", "ia3"), ("oft_blocks", "oft"), ("a1", "glora"), ("diff", "diff"), ("diff_b", "diff")),
+    *(("ia3", "ia3"), ("oft_blocks", "oft"), ("oft_R", "oft"), ("oft_r", "oft"), ("boft_R", "boft")),
+    *(("a1", "glora"), ("diff", "diff"), ("diff_b", "diff")),
 )
 """The kind of a layer is that of the first of these that it has."""
 
@@ -71,12 +87,15 @@ class LoraLayer:
 
     @property
     def fits_its_place(self) -> bool:
-        """Whether up and down make the rows and columns of the place; True where that cannot be told."""
+        """Whether up and down make the rows and columns of the place; True where that cannot be told, and
+        where a control LoRA widens an input layer."""
         if self.place is None or "mid" in self.factors or not {"up", "down"} <= self.factors.keys():
             return True
         layer, up, down = self.place.layer, self.factors["up"], self.factors["down"]
-        made = sum(up.shape[:1]), math.prod(down.shape[1:])
-        return made == (self.place.stop - self.place.start, layer.columns * math.prod(layer.kernel))
+        rows, columns = self.place.stop - self.place.start, layer.columns * math.prod(layer.kernel)
+        made = math.prod(down.shape[1:])
+        wider = layer.name.endswith(INPUT_LAYERS) and made > columns
+        return sum(up.shape[:1]) == rows and (wider or made == columns)
 
     def _bytes(self, role: str) -> int:
         return self.factors[role].nbytes if role in self.factors else 0
@@ -108,11 +127,12 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for key, tensor in header.tensors.items():
-        ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), None)
+        plain = _NAMED.sub(r"\1.\2", key)
+        ending = next((ending for ending in _BY_LENGTH if plain.endswith(ending)), None)
         if ending is None:
             unknown.append(key)
         else:
-            modules.setdefault(key.removesuffix(ending), {})[ROLES[ending]] = tensor
+            modules.setdefault(plain.removesuffix(ending), {})[ROLES[ending]] = tensor
     model: list[LoraLayer] = []
     text: list[LoraLayer] = []
     for name, factors in modules.items():
@@ -136,17 +156,25 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
 
 def _kind(factors: Mapping[str, StoredTensor]) -> str | None:
     kind = next((kind for role, kind in _KINDS if role in factors), None)
-    if kind == "oft" and len(factors["oft_blocks"].shape) == 4:
+    if "oft_blocks" in factors and kind == "oft" and len(factors["oft_blocks"].shape) == 4:
         kind = "boft"
     if kind is None or "magnitude" not in factors:
         return "ia3" if kind is None and "weight" in factors and "on_input" in factors else kind
     return "dora" if kind == "lora" else f"{kind} with dora"
 
 
+def triangle_size(count: int) -> int:
+    """b, where a triangle of b · (b − 1) / 2 numbers is stored; of other counts, the next smaller one's."""
+    return (1 + math.isqrt(1 + 8 * count)) // 2
+
+
 def _rank(kind: str, factors: Mapping[str, StoredTensor]) -> int | None:
     """Rows of the inner factor; the block of OFT; None where there is none."""
-    if "oft_blocks" in factors:
-        return factors["oft_blocks"].shape[-1] if factors["oft_blocks"].shape else None
+    if "oft_R" in factors:
+        return triangle_size(math.prod(factors["oft_R"].shape[1:]))
+    blocks = next((role for role in ("oft_blocks", "oft_r", "boft_R") if role in factors), None)
+    if blocks is not None:
+        return factors[blocks].shape[-1] if factors[blocks].shape else None
     if kind == "glora":
         shapes = [factors[part].shape for part in ("a1", "a2") if part in factors]
         return min((min(shape) for shape in shapes if shape), default=None)

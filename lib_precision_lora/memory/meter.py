@@ -15,8 +15,7 @@ class ByteMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`peak = max over time of Σ nbytes` of the storages that torch operators made while it was active.
 
     Storages that existed before, and memory that torch did not allocate (numpy's, in the decoders of the
-    `gguf` package), are not counted. It slows
-    operators down: measure time in another run.
+    `gguf` package), are not counted. It slows operators down: measure time in another run.
     """
 
     def __init__(self) -> None:

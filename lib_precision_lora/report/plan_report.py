@@ -11,12 +11,11 @@ from typing import Any
 from lib_precision_lora.memory.architecture import Architecture, Request
 from lib_precision_lora.memory.budget import Plan, plan_budget
 from lib_precision_lora.memory.checkpoint import MODEL, Checkpoint, read_checkpoint
-from lib_precision_lora.memory.factor_sizes import factor_sizes
 from lib_precision_lora.memory.held import Storage
 from lib_precision_lora.memory.host_estimate import host_inference_bytes
+from lib_precision_lora.memory.lora_footprints import factor_sizes, workspace_bytes
 from lib_precision_lora.memory.lora_header import LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Places
-from lib_precision_lora.memory.workspace import workspace_bytes
 from lib_precision_lora.report.quantities import mebibytes
 
 DRIVER_BYTES = 512 * 2**20
@@ -172,7 +171,7 @@ def make_plan(wish: Wish) -> PlanReport:
     budget = Budget(
         base_bytes=checkpoint.model.held_bytes(wish.storage),
         factor_bytes=sum(sizes),
-        workspace_bytes=workspace_bytes(adapters, request),
+        workspace_bytes=workspace_bytes(adapters, request, half),
         inference_bytes=inference,
         margin_bytes=wish.margin_bytes,
         free_bytes=free,

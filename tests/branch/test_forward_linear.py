@@ -206,8 +206,8 @@ def test_many_chunks_and_blocks_give_what_one_gives(monkeypatch: pytest.MonkeyPa
             recipe("lora-rank-1", (16, IN)).patch("layer.weight", 1.0, (8, 16)),
         ]
     }
-    for module in ("chunks", "rows"):
-        monkeypatch.setattr(f"lib_precision_lora.branch.{module}.WORKSPACE_BYTES", 4096)
+    for module in ("memory.chunks", "branch.rows"):
+        monkeypatch.setattr(f"lib_precision_lora.{module}.WORKSPACE_BYTES", 4096)
     monkeypatch.setattr("lib_precision_lora.branch.rows.DENSE_BLOCK_BYTES", 4 * IN * 5)
     for dtype in TYPES:
         assert_exact_forward(linear(dtype), pairs, tokens(dtype, 5, 8))

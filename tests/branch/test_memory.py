@@ -33,7 +33,7 @@ def test_the_meter_sees_what_is_allocated_and_freed() -> None:
         return second.view(10, 100).add_(torch.ones(10, 1))
 
     meter = metered(run)
-    assert (meter.largest, meter.alive) == (1000, 0)
+    assert (meter.largest, meter.live) == (1000, 0)
     assert 8000 <= meter.peak <= 8100
 
 
@@ -139,12 +139,12 @@ def test_each_factor_is_held_once_however_many_files_share_a_layer(compute: Comp
     gc.collect()
     size = 2 if compute == "fp16" else 4
     numbers = sum(ranks) * columns + (16 + 16) * out + 8 * 128
-    assert numbers * 2 <= meter.alive <= numbers * size + 4096
+    assert numbers * 2 <= meter.live <= numbers * size + 4096
     session.apply_patches([dataclasses.replace(patch, strength=0.5) for patch in patches], compute)
     again = metered(lambda: holder(torch.ones(4, columns)))
     gc.collect()
-    assert again.alive <= 1024
-    assert meter.alive <= numbers * size + 4096
+    assert again.live <= 1024
+    assert meter.live <= numbers * size + 4096
 
 
 def test_nothing_of_a_forward_stays_but_the_stacked_factors() -> None:
@@ -154,6 +154,6 @@ def test_nothing_of_a_forward_stays_but_the_stacked_factors() -> None:
     x = noise((64, 256), generator(1))
     meter = metered(lambda: holder(x))
     gc.collect()
-    assert 0 < meter.alive <= 2 * 2 * 256 * 8 + 1024
+    assert 0 < meter.live <= 2 * 2 * 256 * 8 + 1024
     session.release()
-    assert meter.alive <= 1024
+    assert meter.live <= 1024

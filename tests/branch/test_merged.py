@@ -153,7 +153,7 @@ def test_a_merge_holds_one_copy_beside_the_original_and_a_block_while_it_works(
     assert 0 < change.peak <= 16 * 64 * 1024
     session.clear()
     gc.collect()
-    assert attach.alive + change.alive < 64 * 1024
+    assert attach.live + change.live < 64 * 1024
 
 
 def test_an_original_that_is_kept_elsewhere_leaves_no_copy_where_it_was(

@@ -214,7 +214,7 @@ def test_a_change_of_strength_keeps_the_factors_and_strength_0_takes_the_wide_in
             y, expected = holder(x), exact_forward(layer, pairs, x, shape)
             assert float((y.double() - expected).norm() / expected.norm()) <= 1e-5
             (attached,) = session._attached.values()
-            stack = attached.piece._operands.stack
+            stack = attached.piece._stack
             first = first or stack
             assert stack is first
         session.apply_patches([application("lora-rank-1", (12, 8), 11, 0.5)[0]])

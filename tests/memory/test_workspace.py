@@ -11,22 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_precision_lora.adapters import read_adapters
-from lib_precision_lora.branch import PatchSession, rows
-from lib_precision_lora.memory import workspace
+from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer
-from lib_precision_lora.memory.lora_header import LoraLayer, read_lora_header
+from lib_precision_lora.memory.lora_footprints import workspace_bytes
+from lib_precision_lora.memory.lora_header import read_lora_header
 from lib_precision_lora.memory.naming import Place
-from lib_precision_lora.memory.workspace import workspace_bytes
 from tests.branch.meter import metered
 from tests.families import family
 
 MIB = 2**20
-
-
-def test_the_bounds_are_those_that_the_branches_keep() -> None:
-    assert workspace.WORKSPACE_BYTES == rows.WORKSPACE_BYTES
-    assert workspace.DENSE_BLOCK_BYTES == rows.DENSE_BLOCK_BYTES
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [(256, 64, 64), (1024, 256, 384)])
@@ -44,7 +38,7 @@ def test_a_forward_takes_what_the_plan_says(
     layer = Layer("layer", height, width, shape[2:], "F16", 0, flow)
     places = SimpleNamespace(find=lambda name: Place("diffusion model", layer, 0, height))
     header = read_lora_header(tmp_path / "a.safetensors", places)  # type: ignore[arg-type]
-    planned = workspace_bytes(header.model, Request(size, size, images=1, text_tokens=77))
+    planned = workspace_bytes(header.model, Request(size, size, images=1, text_tokens=77), half=False)
 
     module = nn.Conv2d(width, height, 3, padding=1) if conv else nn.Linear(width, height)
     side = size // 16
@@ -60,9 +54,3 @@ def test_a_forward_takes_what_the_plan_says(
     measured = metered(lambda: module(x)).peak
     assert 0 < measured <= planned
     assert planned - measured <= 32 * MIB
-
-
-def test_nothing_is_planned_where_nothing_is_patched() -> None:
-    request = Request(1024, 1024, images=1, text_tokens=77)
-    assert workspace_bytes([], request) == 0
-    assert workspace_bytes([LoraLayer("a", "lora", 4, {}, None)], request) == 0
