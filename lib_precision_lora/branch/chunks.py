@@ -3,25 +3,48 @@
 Counted in fp32 numbers per token that live at once: i inputs, o outputs, r stacked rank.
 
     hidden state   i · copies + r                    the input in the product's own type
-    additions      o · copies, 2 · (i + o) more where a term is not of low rank
+    additions      o · copies, and next to them what a term takes that is not of low rank
+      dense        i · copies + o · copies
+      Kronecker    the largest two results that follow each other, the mixed one twice
     turned         o for the output in fp32, next to the additions or what an operator takes
+
+A convolution's chunk is one of positions, whose hidden state is made beforehand (`stages.conv_stages`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.adapters.terms import Kronecker, LowRank
 from lib_precision_lora.branch.product import Product, tensor_float_allowed
 
 WORKSPACE_BYTES = 32 * 2**20
 """What the fp32 copies of one block of an activation may take together."""
 
 FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How factors are multiplied on a device.
+
+    half: in fp16; copies: fp32 copies of an operand that a product makes, one or its parts; widens: fp16
+    factors are multiplied in fp32, as CPUs do.
+    """
+
+    half: bool
+    copies: float
+    widens: bool
+
+    @classmethod
+    def of(cls, product: Product, device: torch.device) -> Arithmetic:
+        return cls(product.half, operand_copies(product, device), device.type == "cpu")
 
 
 def operand_copies(product: Product, device: torch.device) -> float:
@@ -32,25 +55,57 @@ def operand_copies(product: Product, device: torch.device) -> float:
 
 
 def token_bytes(
-    inputs: int, outputs: int, rank: int, steps: Sequence[Add | Left], turns: Iterable[Turn], copies: float
+    inputs: int,
+    outputs: int,
+    rank: int,
+    steps: Sequence[Add | Left],
+    turns: Iterable[Turn],
+    copies: float,
+    convolution: bool = False,
 ) -> int:
-    """Bytes that one token takes in the forward of a linear branch.
+    """Bytes that one token takes in the forward of a linear branch, next to others of its chunk.
 
-    turns: those of the module's input; copies: as `operand_copies` says.
+    turns: those of the module's input; copies: as `operand_copies` says; convolution: one position in that
+    of a convolution, next to what is made for all positions at once.
     """
     columns = list(turns)
-    whole = [step for step in steps if isinstance(step, Add) and not isinstance(step.term, LowRank)]
-    hidden = inputs * copies + rank
-    additions = outputs * copies + (2 * (inputs + outputs) if whole else 0)
+    hidden = rank * copies if convolution else inputs * copies + rank
+    additions = max((_whole_term(step, inputs, outputs, copies) for step in whole_terms(steps)), default=0.0)
+    if rank or not additions:
+        additions += outputs * copies
     lefts = [step.operator for step in steps if isinstance(step, Left)]
     numbers = max(hidden, additions)
     if lefts or columns:
         turning = max((operator_copies(operator) for operator in lefts), default=0.0) * outputs
         numbers = outputs + max(numbers, turning)
-    if columns:
-        shift = inputs * (3 + max(operator_copies(operator) for operator, _ in columns))
-        numbers = max(numbers, outputs + shift, 2.5 * outputs + 0.5 * inputs)
+    if columns and not convolution:
+        base = max(inputs * turned_copies(columns), inputs + 2.0 * outputs)
+        numbers = max(numbers, outputs + base)
+    elif columns:
+        numbers = max(numbers, 3.0 * outputs)
     return int(FP32 * (numbers + 2 * rank))
+
+
+def whole_terms(steps: Sequence[Add | Left]) -> list[Add]:
+    """The additions that are not of low rank."""
+    return [step for step in steps if isinstance(step, Add) and not isinstance(step.term, LowRank)]
+
+
+def _whole_term(step: Add, inputs: int, outputs: int, copies: float) -> float:
+    """What one addition takes that is not of low rank, with its result."""
+    turned = inputs * turned_copies(step.columns)
+    if not isinstance(step.term, Kronecker):
+        return max(turned, inputs * copies + outputs * max(copies, 2.0))
+    left, right = step.term.left, step.term.right
+    sizes = [inputs, *(left.shape[1] * factor.shape[0] for factor in reversed(right))]
+    products = [before * max(copies, 1.0) + after * copies for before, after in pairwise(sizes)]
+    mixed = left.shape[0] * step.term.height
+    return max(turned, *products, 2.0 * sizes[-1] + mixed, sizes[-1] + 2.0 * mixed)
+
+
+def turned_copies(turns: Sequence[Turn]) -> float:
+    """Copies of an input that turning it makes: itself in fp32, the shift, their sum, and the operators'."""
+    return 3.0 + max(operator_copies(operator) for operator, _ in turns) if turns else 0.0
 
 
 def token_count(size: int) -> int:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lib_precision_lora.adapters.operators import Operator
+from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, LowRank
-from lib_precision_lora.branch.chunks import FP32, WORKSPACE_BYTES, token_bytes
+from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
+from lib_precision_lora.branch.chunks import FP32, Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.rows import DENSE_BLOCK_BYTES
 from lib_precision_lora.branch.sites import Kind, Site
+from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.stack import low_rank
+from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
 
 FP16 = 2
 
@@ -25,16 +28,18 @@ class Footprint:
     """Bytes that one module's branch takes on a device.
 
     factors: the sizes of the tensors that are placed there; shared: of these, the bytes that need no
-    memory of their own where the file's tensors lie on the same device (a CPU); workspace: what a forward
-    takes on top, whatever the count of tokens, once they fill a chunk; token_bytes: before that, for each
-    token, next to fixed_bytes; position_bytes: for each position of a convolution, whose parts are not cut.
+    memory of their own where the file's tensors lie on the same device (a CPU); stages: what a forward takes
+    on top, by tokens or positions; fixed_bytes: whatever their number; attach_bytes: what is alive at once
+    while the branch is made, where it reads the base for that; host_bytes: the originals of what is merged,
+    which stay in RAM.
     """
 
     factors: tuple[int, ...] = ()
     shared: int = 0
-    token_bytes: int = 0
+    stages: tuple[Stage, ...] = ()
     fixed_bytes: int = 0
-    position_bytes: int = 0
+    attach_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def factor_bytes(self) -> int:
@@ -42,9 +47,7 @@ class Footprint:
 
     def workspace_bytes(self, tokens: int) -> int:
         """tokens: rows of the input, or positions of the largest sample."""
-        return (
-            min(WORKSPACE_BYTES, tokens * self.token_bytes) + tokens * self.position_bytes + self.fixed_bytes
-        )
+        return max(self.attach_bytes, largest(self.stages, tokens) + self.fixed_bytes)
 
     def with_bias(self, rows: int) -> Footprint:
         """Beside the change of a bias, fp32."""
@@ -52,80 +55,104 @@ class Footprint:
 
 
 def footprints(
-    weights: Mapping[str, tuple[Site, EffectiveWeight]], half: bool, copies: float
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    arithmetic: Arithmetic,
+    merged: Collection[str] = (),
 ) -> dict[str, Footprint]:
     """The footprint of each module's branch, or of a shadowed parameter, by name.
 
-    weights: by parameter, as `compose.effective_weights` gives them.
+    weights: by parameter, as `compose.effective_weights` gives them; merged: the modules that are merged.
     """
     made: dict[str, Footprint] = {}
     for name, (site, weight) in weights.items():
         path, _, attribute = name.rpartition(".")
         rows = weight.stored.shape[0]
-        if site.kind == "shadow":
+        if path in merged:
+            made[path] = _both(made.get(path, Footprint()), merged_footprint(weight, arithmetic.widens))
+        elif site.kind == "shadow":
             made[name] = shadow_footprint(weight)
         elif site.kind == "norm":
             vectors = sum(f"{path}.{part}" in weights for part in ("weight", "scale", "bias"))
             made[path] = norm_footprint(rows, vectors)
         elif attribute != "bias":
             bias = f"{path}.bias" in weights
-            footprint = weight_footprint(weight, site.kind, half, copies)
+            footprint = weight_footprint(weight, site.kind, arithmetic)
             made[path] = footprint.with_bias(rows) if bias else footprint
         elif f"{path}.weight" not in weights:
-            made[path] = Footprint(token_bytes=2 * FP32 * rows).with_bias(rows)
+            made[path] = Footprint(stages=(linear_stage(2 * FP32 * rows),)).with_bias(rows)
     return made
 
 
 def shadow_footprint(weight: EffectiveWeight) -> Footprint:
-    """A second parameter of the same size."""
-    return Footprint((weight.stored.nbytes,))
+    """A second parameter of the same size, from sums in fp32."""
+    return Footprint((weight.stored.nbytes,), attach_bytes=3 * FP32 * math.prod(weight.stored.shape))
+
+
+def merged_footprint(weight: EffectiveWeight, on_cpu: bool) -> Footprint:
+    """A merged parameter takes the place of its original, which goes to RAM; while it is made, both stand.
+
+    on_cpu: there the original does not make room for anything.
+    """
+    size = weight.stored.nbytes
+    blocks = reading_bytes(weight.stored.shape, weight.steps, FP32 if on_cpu else 2 * FP32)
+    if on_cpu:
+        return Footprint((size,), attach_bytes=blocks)
+    return Footprint(attach_bytes=size + blocks, host_bytes=size)
+
+
+def _both(one: Footprint, other: Footprint) -> Footprint:
+    """Two parameters that one module merges."""
+    return Footprint(
+        one.factors + other.factors,
+        attach_bytes=one.attach_bytes + other.attach_bytes,
+        host_bytes=one.host_bytes + other.host_bytes,
+    )
 
 
 def norm_footprint(width: int, vectors: int) -> Footprint:
     """A norm's changes of weight and bias: fp32 vectors, and fp32 copies of its input."""
-    return Footprint((width * FP32,) * vectors, vectors * width * FP32, token_bytes=16 * width)
+    stage = linear_stage(16 * width)
+    return Footprint((width * FP32,) * vectors, vectors * width * FP32, (stage,))
 
 
-def weight_footprint(weight: EffectiveWeight, kind: Kind, half: bool, copies: float) -> Footprint:
-    """The branch of a linear, conv or embedding weight.
+def embedding_footprint(weight: EffectiveWeight) -> Footprint:
+    """Factors stay where the file's are; the vectors of all ids are treated at once, in fp64."""
+    width = math.prod(weight.stored.shape[1:])
+    copies = 4 + (len(weight.pieces) > 1)
+    downs = [step.term.down for step in low_rank(weight.steps) if isinstance(step.term, LowRank)]
+    fixed = 2 * FP32 * max((down.numel() for down in downs), default=0)
+    return Footprint(stages=((Use(2 * FP32 * copies * width),),), fixed_bytes=fixed)
 
-    weight: may be a sketch; half: whether factors are multiplied in fp16; copies: of an operand, as
-    `chunks.operand_copies` says.
-    """
-    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+
+def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic) -> Footprint:
+    """The branch of a linear, conv or embedding weight; weight: may be a sketch."""
     if kind == "embedding":
-        return Footprint(token_bytes=6 * FP32 * inputs)
-    stack = _Stack(low_rank(weight.steps), half)
+        return embedding_footprint(weight)
+    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    stack, copies = _Stack(low_rank(weight.steps), arithmetic), arithmetic.copies
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
+    if kind == "conv":
+        stages = tuple(conv_stages(weight, stack.rank, copies))
+    else:
+        stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies)),)
+    reads = isinstance(weight, SketchedWeight) and weight.reads.element_bytes
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
-        token_bytes=token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies),
-        fixed_bytes=int(stack.recast() * copies) + _dense_blocks(weight.steps),
-        position_bytes=_position_bytes(weight, stack.rank, turns, copies) if kind == "conv" else 0,
+        stages,
+        int(stack.recast() * copies) + _dense_blocks(weight.steps, copies),
+        reading_bytes(weight.stored.shape, weight.steps, reads) if reads else 0,
     )
-
-
-def _position_bytes(weight: EffectiveWeight, rank: int, turns: Sequence[Turn], copies: float) -> int:
-    """What the forward of a convolution makes for all positions of a sample at once, for each of them."""
-    outputs, channels = weight.stored.shape[:2]
-    numbers = rank * copies
-    if turns:
-        numbers += 4.0 * channels + outputs
-    whole = [s for s in weight.steps if isinstance(s, Add) and not isinstance(s.term, LowRank)]
-    if whole:
-        numbers += 2 * outputs + channels
-        numbers += outputs if any(isinstance(step, Left) for step in weight.steps) or turns else 0
-    return int(FP32 * numbers)
 
 
 class _Stack:
     """The sizes of a stack of low-rank additions (`stack.build_stack`)."""
 
-    def __init__(self, additions: Sequence[Add], half: bool) -> None:
-        self.half = half
+    def __init__(self, additions: Sequence[Add], arithmetic: Arithmetic) -> None:
+        self.half = half = arithmetic.half
+        self.widens = arithmetic.widens
         self.ups: list[tuple[int, int, int]] = []  # elements, bytes of one, elements made anew
         self.downs: list[tuple[int, int, int]] = []
         self.rank = 0
@@ -157,7 +184,7 @@ class _Stack:
 
     def recast(self) -> int:
         """fp32 copies of the factors while they are multiplied: of one side at a time."""
-        if self.half:
+        if self.half and not self.widens:
             return 0
         sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
         return max((FP32 * sum(count for count, _, _ in side) for side in sides), default=0)
@@ -194,17 +221,28 @@ def _turn_tensors(turns: Iterable[Turn]) -> Iterator[Tensor]:
 
 
 def _operator_tensors(operator: Operator) -> Iterator[Tensor]:
+    """What `Operator.to` brings along: of a permuted rotation its orders too."""
+    if isinstance(operator, Chain):
+        for part in operator.parts:
+            yield from _operator_tensors(part)
+        return
     yield from operator.tensors()
+    if isinstance(operator, Blocks):
+        yield from (order for order in (operator.order, operator.inverse) if order is not None)
 
 
-def _dense_blocks(steps: Sequence[Add | Left]) -> int:
-    """The fp32 block of a dense or Hadamard term that is at hand, its source, and its product."""
-    streamed = [
-        min(DENSE_BLOCK_BYTES, FP32 * math.prod(step.term.size))
-        for step in steps
-        if isinstance(step, Add) and isinstance(step.term, (Dense, Hadamard))
-    ]
-    return 3 * max(streamed, default=0)
+def _dense_blocks(steps: Sequence[Add | Left], copies: float) -> int:
+    """The block of a dense or Hadamard term that is at hand: its source and its fp32 copies."""
+    largest_block = 0.0
+    for step in whole_terms(steps):
+        if isinstance(step.term, Kronecker):
+            continue
+        block = min(DENSE_BLOCK_BYTES, FP32 * math.prod(step.term.size))
+        made = copies + 0.5 if isinstance(step.term, Dense) else max(copies + 0.5, 3.0)
+        made += 3.0 if step.columns else 0.0
+        widened = FP32 * step.term.b1.numel() if isinstance(step.term, Hadamard) else 0
+        largest_block = max(largest_block, made * block + 2 * widened)
+    return int(largest_block)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -74,8 +74,12 @@ class WeightBranch:
     live outside of the stack, so that `restrength` leaves the factors where they are.
 
     stream: None while the factors stay on the device; else what brings them there from RAM each time.
-    spare: the stream to take to where the device has no memory for them.
+    spare: the stream to take to where the device has no memory for them. convolution: whether the input is
+    treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device.
     """
+
+    convolution = False
+    placeable = True
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
@@ -203,6 +207,7 @@ class WeightBranch:
             self.steps,
             [turn for piece in self.pieces for turn in piece.turns],
             operand_copies(product, device),
+            self.convolution,
         )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands

@@ -94,7 +94,9 @@ class HostedSession:
         signature = arithmetic, device, dtype, *_flat(host_patches)
         if self._sketched is None or self._sketched[0] != signature:
             ours, _ = self._divide(model, host_patches)
-            sketched = self._session.footprints(ours, arithmetic.compute, device, dtype)
+            sketched = self._session.footprints(
+                ours, arithmetic.compute, device, dtype, _policy(model, arithmetic)
+            )
             self._sketched = signature, sketched
         return self._sketched[1]
 
