@@ -13,6 +13,7 @@ from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
 from lib_precision_lora.branch.chunks import FP32, Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.operands import up_blocks
 from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.rows import DENSE_BLOCK_BYTES
 from lib_precision_lora.branch.sites import Kind, Site
@@ -21,6 +22,7 @@ from lib_precision_lora.branch.stack import low_rank
 from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
 
 FP16 = 2
+INT64 = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
     if kind == "embedding":
         return embedding_footprint(weight)
     outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
-    stack, copies = _Stack(low_rank(weight.steps), arithmetic), arithmetic.copies
+    stack, copies = _Stack(weight.steps, outputs, arithmetic), arithmetic.copies
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
@@ -150,44 +152,62 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
 class _Stack:
     """The sizes of a stack of low-rank additions (`stack.build_stack`)."""
 
-    def __init__(self, additions: Sequence[Add], arithmetic: Arithmetic) -> None:
+    def __init__(self, steps: Sequence[Add | Left], rows: int, arithmetic: Arithmetic) -> None:
         self.half = half = arithmetic.half
         self.widens = arithmetic.widens
-        self.ups: list[tuple[int, int, int]] = []  # elements, bytes of one, elements made anew
-        self.downs: list[tuple[int, int, int]] = []
-        self.rank = 0
-        for step in additions:
+        self.blocks = up_blocks(steps, rows)
+        self.ups: list[tuple[int, int, bool]] = []  # rank or columns, bytes of one element, made anew
+        self.downs: list[tuple[int, int, bool]] = []
+        self.ranks: list[int] = []
+        for step in low_rank(steps):
             assert isinstance(step.term, LowRank)
-            rows, rank = step.stop - step.start, step.term.rank
-            self.rank += rank
             up_size = FP32 if step.row_change is not None else step.term.up.element_size()
             down_size = FP32 if step.columns else step.term.down.element_size()
             up_new = half or step.row_change is not None or not step.term.up.is_contiguous()
             down_new = half or bool(step.columns)
-            self.ups.append((rows * rank, FP16 if half else up_size, up_new))
-            self.downs.append((step.term.down.numel(), FP16 if half else down_size, down_new))
-        self._joined = len(additions) > 1
+            self.ranks.append(step.term.rank)
+            self.ups.append((step.stop - step.start, FP16 if half else up_size, up_new))
+            self.downs.append((step.term.down.shape[1], FP16 if half else down_size, down_new))
+        self.rank = sum(self.ranks)
 
     def made(self) -> Iterator[int]:
         """Tensors that are made for the device in any case."""
         if self.rank:
             yield from (self.rank * FP32, self.rank * FP32)  # exponents and scales
-        if self._joined and self.downs:
-            yield sum(count for count, _, _ in self.downs) * max(size for _, size, _ in self.downs)
-        yield from (count * size for count, size, new in self.ups if new or self._joined)
-        yield from (count * size for count, size, new in self.downs if new and not self._joined)
+        if len(self.ranks) > 1:
+            yield self.rank * self.downs[0][0] * max(size for _, size, _ in self.downs)
+        for block in self.blocks:
+            numbers = [number for number, _, _ in block]
+            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                yield INT64 * sum(self.ranks[number] for number in numbers)
+        yield from (size for size, new in self._ups() if new)
+        yield from (size for size, new in self._single_down() if new)
 
     def kept(self) -> Iterator[int]:
         """Tensors that are the file's own, where they lie on the device already."""
-        if not self._joined:
-            yield from (count * size for count, size, new in (*self.ups, *self.downs) if not new)
+        yield from (size for size, new in (*self._ups(), *self._single_down()) if not new)
+
+    def _ups(self) -> Iterator[tuple[int, bool]]:
+        """Each block of ups, in the widest type of its parts, and whether it is made anew."""
+        for block in self.blocks:
+            _, start, stop = block[0]
+            parts = [self.ups[number] for number, _, _ in block]
+            rank = sum(self.ranks[number] for number, _, _ in block)
+            new = len(block) > 1 or parts[0][2]
+            yield (stop - start) * rank * max(size for _, size, _ in parts), new
+
+    def _single_down(self) -> Iterator[tuple[int, bool]]:
+        if len(self.ranks) == 1:
+            columns, size, new = self.downs[0]
+            yield columns * self.rank * size, new
 
     def recast(self) -> int:
         """fp32 copies of the factors while they are multiplied: of one side at a time."""
         if self.half and not self.widens:
             return 0
         sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
-        return max((FP32 * sum(count for count, _, _ in side) for side in sides), default=0)
+        lengths = (zip(self.ranks, side, strict=True) for side in sides)
+        return max((FP32 * sum(rank * each[0] for rank, each in side) for side in lengths), default=0)
 
 
 def _others(weight: EffectiveWeight) -> Iterator[Tensor]:

@@ -164,20 +164,10 @@ class WeightBranch:
         if self.bias is not None:
             self.bias.release()
 
-    def _up_blocks(self) -> list[UpBlock]:
-        """What the output side of the stack is cut into: one block per range of rows of each phase."""
-        numbers = _numbers(self.steps)
-        blocks = [
-            _up_block(additions, start, stop, numbers)
-            for _, additions in _grouped(self.steps)
-            for start, stop in _row_ranges(additions, self.rows)
-        ]
-        return [block for block in blocks if block]
-
     def _make(self, product: Product, device: torch.device) -> Operands:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
-        self._stack = build_stack(low_rank(self.steps), self._up_blocks(), product.half, home)
+        self._stack = build_stack(low_rank(self.steps), up_blocks(self.steps, self.rows), product.half, home)
         self._copies = DeviceCopies(home)
         return self._assemble(product, device)
 
@@ -211,6 +201,17 @@ class WeightBranch:
         )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
+
+
+def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
+    """What the output side of a stack is cut into: one block per range of rows of each phase."""
+    numbers = _numbers(steps)
+    blocks = [
+        _up_block(additions, start, stop, numbers)
+        for _, additions in _grouped(steps)
+        for start, stop in _row_ranges(additions, rows)
+    ]
+    return [block for block in blocks if block]
 
 
 def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:

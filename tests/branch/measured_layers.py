@@ -19,16 +19,15 @@ from lib_precision_lora.memory.meter import ByteMeter
 class Linear(nn.Module):
     """Named as hosts name a linear layer; its weight may be stored in any format."""
 
-    def __init__(self, weight: Tensor, scale_weight: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, rows: int, scale_weight: Tensor | None = None) -> None:
+        """rows: of the logical weight."""
         super().__init__()
-        self.weight = (
-            weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-        )
-        self.bias = None
-        self.scale_weight = scale_weight
+        stored = isinstance(weight, nn.Parameter)
+        self.weight = weight if stored else nn.Parameter(weight, requires_grad=False)
+        self.rows, self.bias, self.scale_weight = rows, None, scale_weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.weight.shape[0])
+        return x.new_zeros(*x.shape[:-1], self.rows)
 
 
 class Conv(nn.Conv2d):

@@ -17,12 +17,15 @@ from benchmarks.family_files import FILES, Sizes
 from lib_precision_lora.adapters import Adapter, Target
 from lib_precision_lora.branch import Compute, Patch
 from tests.branch.measured_layers import Conv, Linear, Measured, measure
-from tests.families import BASE_STD, FAMILIES, family
+from tests.families import BASE_STD, FAMILIES, INPUT_ROTATIONS, family
 from tests.storage.formats import stored_variant
 
 MIB = 2**20
 OUT, IN = 1024, 2048
 CHANNELS = 256, 320
+FEW_CHANNELS = 32, 64
+"""Where inputs are turned patch by patch, which takes its time."""
+
 MODES: tuple[tuple[Compute, torch.dtype], ...] = (
     ("auto", torch.bfloat16),
     ("fp16", torch.float16),
@@ -40,8 +43,10 @@ FORMATS = (
 AT_4096_TOKENS = ("lora", "loha-streamed", "lokr-both", "dora-out", "dora-in", "ia3-in", "oft", "oft-peft")
 
 
-def adapter_for(name: str, rank: int = 16) -> Adapter:
-    return read(FILES[name], Sizes(tokens=1, inputs=IN, outputs=OUT, rank=rank))
+def adapter_for(name: str) -> Adapter:
+    if name not in FILES:
+        return family(name, (OUT, IN)).adapter
+    return read(FILES[name], Sizes(tokens=1, inputs=IN, outputs=OUT, rank=16))
 
 
 def measured_on(layer: nn.Module, adapters: list[Adapter], x: Tensor, compute: Compute) -> Measured:
@@ -70,25 +75,25 @@ def test_a_linear_layers_peak_and_factors_are_those_predicted(
 ) -> None:
     weight = torch.full((OUT, IN), BASE_STD, dtype=torch.float16)
     x = torch.ones(512, IN, dtype=dtype)
-    assert_law(measured_on(Linear(weight), [adapter_for(name)], x, compute))
+    assert_law(measured_on(Linear(weight, OUT), [adapter_for(name)], x, compute))
 
 
 @pytest.mark.parametrize(("name", "compute", "dtype"), EACH_IN_ONE_MODE)
 def test_a_convolutions_peak_and_factors_are_those_predicted(
     name: str, compute: Compute, dtype: torch.dtype
 ) -> None:
-    shape = (*CHANNELS, 3, 3)
-    layer = Conv(CHANNELS[1], CHANNELS[0], 3, padding=1).to(torch.float16).requires_grad_(False)
+    outputs, inputs = FEW_CHANNELS if name in INPUT_ROTATIONS else CHANNELS
+    layer = Conv(inputs, outputs, 3, padding=1).to(torch.float16).requires_grad_(False)
     nn.init.constant_(layer.weight, BASE_STD)
-    x = torch.ones(1, CHANNELS[1], 32, 32, dtype=dtype)
-    assert_law(measured_on(layer, [family(name, shape).adapter], x, compute))
+    x = torch.ones(1, inputs, 32, 32, dtype=dtype)
+    assert_law(measured_on(layer, [family(name, (outputs, inputs, 3, 3)).adapter], x, compute))
 
 
 @pytest.mark.parametrize("name", AT_4096_TOKENS)
 def test_the_peak_at_4096_tokens_is_the_one_predicted(name: str) -> None:
     weight = torch.full((OUT, IN), BASE_STD, dtype=torch.float16)
     x = torch.ones(4096, IN, dtype=torch.bfloat16)
-    assert_law(measured_on(Linear(weight), [adapter_for(name)], x, "auto"))
+    assert_law(measured_on(Linear(weight, OUT), [adapter_for(name)], x, "auto"))
 
 
 @pytest.mark.parametrize("compute", ["fp16", "fp32"])
@@ -96,14 +101,14 @@ def test_the_peak_at_4096_tokens_is_the_one_predicted(name: str) -> None:
 def test_a_stacks_peak_and_factors_are_those_predicted(names: tuple[str, ...], compute: Compute) -> None:
     weight = torch.full((OUT, IN), BASE_STD, dtype=torch.float16)
     x = torch.ones(512, IN, dtype=torch.bfloat16)
-    assert_law(measured_on(Linear(weight), [adapter_for(name, 32) for name in names], x, compute))
+    assert_law(measured_on(Linear(weight, OUT), [adapter_for(name) for name in names], x, compute))
 
 
 @pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("name", ["lora", "dora-in", "glora", "oft-peft"])
 def test_the_prediction_holds_for_every_stored_weight(name: str, stored: str) -> None:
-    shape = (512, 1024)
+    shape = (256, 512)
     weight = stored_variant(stored, torch.full(shape, BASE_STD))
-    layer = Linear(weight.parameter, weight.module.scale_weight)
-    x = torch.ones(512, shape[1], dtype=torch.bfloat16)
+    layer = Linear(weight.parameter, shape[0], weight.module.scale_weight)
+    x = torch.ones(2048, shape[1], dtype=torch.bfloat16)
     assert_law(measured_on(layer, [family(name, shape).adapter], x, "auto"))
