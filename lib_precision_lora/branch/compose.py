@@ -134,8 +134,7 @@ def make_attachments(
 ) -> dict[str, tuple[Site, Piece]]:
     """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name."""
     attachments: dict[str, tuple[Site, Piece]] = {}
-    elsewhere = shared(model) if dense != "branch" else ()
-    paths = _paths(weights)
+    alone = _Alone(model, weights, dense)
     for name, (site, effective) in weights.items():
         path = name.rpartition(".")[0]
         if site.kind == "shadow":
@@ -147,17 +146,65 @@ def make_attachments(
             branch = _make_branch(site, path, weights, compute)
             attachments[path] = site, branch
             if isinstance(branch, WeightBranch):
-                here = [weights[part] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
-                twice = paths[site.module] > 1 or any(id(part.parameter) in elsewhere for part, _ in here)
-                if merges(dense, site, branch, not twice):
+                here = _parts(path, weights)
+                if merges(dense, site, branch, alone(site, here)):
                     attachments[path] = site, make_merged(site.module, here, branch)
     return attachments
 
 
-def _paths(weights: Mapping[str, tuple[Site, EffectiveWeight]]) -> Counter[nn.Module]:
-    """How many of the patched paths lead to each module."""
-    places = {(site.module, name.rpartition(".")[0]) for name, (site, _) in weights.items()}
-    return Counter(module for module, _ in places)
+def merged_modules(
+    model: nn.Module,
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    compute: Compute,
+    dense: DensePolicy,
+) -> set[str]:
+    """The modules that `make_attachments` would merge, of weights that may be sketches.
+
+    Not foreseen are those that turn out not to fit into their type: they run as branches instead.
+    """
+    merged: set[str] = set()
+    alone = _Alone(model, weights, dense)
+    for path in {name.rpartition(".")[0] for name in weights} if dense != "branch" else ():
+        here = _parts(path, weights)
+        site = here[0][0] if here else None
+        if site is None or site.kind not in WEIGHT_BRANCHES:
+            continue
+        weight = weights[f"{path}.weight"][1] if f"{path}.weight" in weights else _unchanged(site, path)
+        branch = WEIGHT_BRANCHES[site.kind](weight, None, compute)
+        if isinstance(branch, WeightBranch) and merges(dense, site, branch, alone(site, here)):
+            merged.add(path)
+    return merged
+
+
+Parts = list[tuple[Site, EffectiveWeight]]
+
+
+def _parts(path: str, weights: Mapping[str, tuple[Site, EffectiveWeight]]) -> Parts:
+    """Weight and bias of a module, those that are changed."""
+    return [weights[part] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
+
+
+class _Alone:
+    """Whether a module stands at one place of the model alone, and its parameters at no other one."""
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, tuple[Site, EffectiveWeight]], dense: DensePolicy
+    ) -> None:
+        places = {(site.module, name.rpartition(".")[0]) for name, (site, _) in weights.items()}
+        self._paths = Counter(module for module, _ in places)
+        self._elsewhere = shared(model) if dense != "branch" else ()
+
+    def __call__(self, site: Site, parts: Parts) -> bool:
+        once = self._paths[site.module] == 1
+        return once and not any(id(part.parameter) in self._elsewhere for part, _ in parts)
+
+
+def _unchanged(site: Site, path: str) -> EffectiveWeight:
+    """The weight of a module of which only the bias is changed."""
+    try:
+        return EffectiveWeight.identity(stored_weight(site.module.weight, site.module))  # type: ignore[arg-type]
+    except StorageError as error:
+        raise PatchError(f"layer {path}.weight: {error}", None, path) from error
 
 
 def _make_branch(
@@ -169,10 +216,7 @@ def _make_branch(
         return NormBranch(weights.get(scale_name, (site, None))[1], bias)
     _, weight = weights.get(f"{path}.weight", (site, None))
     if weight is None:
-        try:
-            weight = EffectiveWeight.identity(stored_weight(site.module.weight, site.module))  # type: ignore[arg-type]
-        except StorageError as error:
-            raise PatchError(f"layer {path}.weight: {error}", None, path) from error
+        weight = _unchanged(site, path)
     try:
         if site.kind == "conv":
             require_conv_form(site.module, weight)

@@ -35,6 +35,8 @@ class ConvBranch(WeightBranch):
     (seamless tiling makes padding circular).
     """
 
+    convolution = True
+
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         super().__init__(weight, bias, compute)
         self._by_patch = any(operator.mixes for operator, _ in input_turns(weight))

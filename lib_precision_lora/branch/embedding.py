@@ -13,7 +13,10 @@ from lib_precision_lora.branch.product import Compute
 
 
 class EmbeddingBranch(WeightBranch):
-    """Runs on the ids and the vectors of an embedding, in fp64 in every mode, on the files' own factors."""
+    """Runs on the ids and the vectors of an embedding, in fp64 in every mode, on the files' own factors,
+    where they are."""
+
+    placeable = False
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         if any(isinstance(step, Left) and step.operator.mixes for step in weight.steps):

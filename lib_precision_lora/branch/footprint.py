@@ -2,135 +2,212 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, LowRank
-from lib_precision_lora.branch.chunks import load
+from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
+from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import up_blocks
+from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.sites import Kind, Site
-from lib_precision_lora.branch.stack import UpBlock, low_rank
-from lib_precision_lora.memory.chunks import FP32, dense_block_bytes
-from lib_precision_lora.memory.footprint import Footprint
+from lib_precision_lora.branch.sketch import SketchedWeight
+from lib_precision_lora.branch.stack import low_rank
+from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
+from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32
 
 FP16 = 2
+INT64 = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that one module's branch takes on a device.
+
+    factors: the sizes of the tensors that are placed there; shared: of these, the bytes that need no
+    memory of their own where the file's tensors lie on the same device (a CPU); stages: what a forward takes
+    on top, by tokens or positions; fixed_bytes: whatever their number; attach_bytes: what is alive at once
+    while the branch is made, where it reads the base for that; host_bytes: the originals of what is merged,
+    which stay in RAM.
+    """
+
+    factors: tuple[int, ...] = ()
+    shared: int = 0
+    stages: tuple[Stage, ...] = ()
+    fixed_bytes: int = 0
+    attach_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def factor_bytes(self) -> int:
+        return sum(self.factors)
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """tokens: rows of the input, or positions of the largest sample."""
+        return max(self.attach_bytes, largest(self.stages, tokens) + self.fixed_bytes)
+
+    def with_bias(self, rows: int) -> Footprint:
+        """Beside the change of a bias, fp32."""
+        return replace(self, factors=(*self.factors, rows * FP32), shared=self.shared + rows * FP32)
 
 
 def footprints(
-    weights: Mapping[str, tuple[Site, EffectiveWeight]], half: bool, copies: float
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    arithmetic: Arithmetic,
+    merged: Collection[str] = (),
 ) -> dict[str, Footprint]:
     """The footprint of each module's branch, or of a shadowed parameter, by name.
 
-    weights: by parameter, as `compose.effective_weights` gives them.
+    weights: by parameter, as `compose.effective_weights` gives them; merged: the modules that are merged.
     """
     made: dict[str, Footprint] = {}
     for name, (site, weight) in weights.items():
         path, _, attribute = name.rpartition(".")
         rows = weight.stored.shape[0]
-        if site.kind == "shadow":
+        if path in merged:
+            made[path] = _both(made.get(path, Footprint()), merged_footprint(weight, arithmetic.widens))
+        elif site.kind == "shadow":
             made[name] = shadow_footprint(weight)
         elif site.kind == "norm":
             vectors = sum(f"{path}.{part}" in weights for part in ("weight", "scale", "bias"))
             made[path] = norm_footprint(rows, vectors)
         elif attribute != "bias":
             bias = f"{path}.bias" in weights
-            footprint = weight_footprint(weight, site.kind, half, copies)
+            footprint = weight_footprint(weight, site.kind, arithmetic)
             made[path] = footprint.with_bias(rows) if bias else footprint
         elif f"{path}.weight" not in weights:
-            made[path] = Footprint(token_bytes=2 * FP32 * rows).with_bias(rows)
+            made[path] = Footprint(stages=(linear_stage(2 * FP32 * rows),)).with_bias(rows)
     return made
 
 
 def shadow_footprint(weight: EffectiveWeight) -> Footprint:
-    """A second parameter of the same size."""
-    return Footprint((weight.stored.nbytes,))
+    """A second parameter of the same size, from sums in fp32."""
+    return Footprint((weight.stored.nbytes,), attach_bytes=3 * FP32 * math.prod(weight.stored.shape))
+
+
+def merged_footprint(weight: EffectiveWeight, on_cpu: bool) -> Footprint:
+    """A merged parameter takes the place of its original, which goes to RAM; while it is made, both stand.
+
+    on_cpu: there the original does not make room for anything.
+    """
+    size = weight.stored.nbytes
+    blocks = reading_bytes(weight.stored.shape, weight.steps, FP32 if on_cpu else 2 * FP32)
+    if on_cpu:
+        return Footprint((size,), attach_bytes=blocks)
+    return Footprint(attach_bytes=size + blocks, host_bytes=size)
+
+
+def _both(one: Footprint, other: Footprint) -> Footprint:
+    """Two parameters that one module merges."""
+    return Footprint(
+        one.factors + other.factors,
+        attach_bytes=one.attach_bytes + other.attach_bytes,
+        host_bytes=one.host_bytes + other.host_bytes,
+    )
 
 
 def norm_footprint(width: int, vectors: int) -> Footprint:
     """A norm's changes of weight and bias: fp32 vectors, and fp32 copies of its input."""
-    return Footprint((width * FP32,) * vectors, vectors * width * FP32, token_bytes=16 * width)
+    stage = linear_stage(16 * width)
+    return Footprint((width * FP32,) * vectors, vectors * width * FP32, (stage,))
 
 
-def weight_footprint(weight: EffectiveWeight, kind: Kind, half: bool, copies: float) -> Footprint:
-    """The branch of a linear, conv or embedding weight.
+def embedding_footprint(weight: EffectiveWeight) -> Footprint:
+    """Factors stay where the file's are; the vectors of all ids are treated at once, in fp64."""
+    width = math.prod(weight.stored.shape[1:])
+    copies = 4 + (len(weight.pieces) > 1)
+    downs = [step.term.down for step in low_rank(weight.steps) if isinstance(step.term, LowRank)]
+    fixed = 2 * FP32 * max((down.numel() for down in downs), default=0)
+    return Footprint(stages=((Use(2 * FP32 * copies * width),),), fixed_bytes=fixed)
 
-    weight: may be a sketch; half: whether factors are multiplied in fp16; copies: of an operand, as
-    `chunks.operand_copies` says.
-    """
-    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+
+def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic) -> Footprint:
+    """The branch of a linear, conv or embedding weight; weight: may be a sketch."""
     if kind == "embedding":
-        return Footprint(token_bytes=6 * FP32 * inputs)
-    stack = _Stack(low_rank(weight.steps), up_blocks(weight.steps, outputs), half)
-    sizes = [*stack.sizes, *((_bytes(tensor), True) for tensor in _others(weight))]
+        return embedding_footprint(weight)
+    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    stack, copies = _Stack(weight.steps, outputs, arithmetic), arithmetic.copies
+    sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
+    sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
-    beside = load(inputs, outputs, stack.rank, weight.steps, turns, copies)
+    if kind == "conv":
+        stages = tuple(conv_stages(weight, stack.rank, copies))
+    else:
+        stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies)),)
+    reads = isinstance(weight, SketchedWeight) and weight.reads.element_bytes
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
-        token_bytes=beside.token_bytes(),
-        fixed_bytes=int(stack.recast * copies) + _dense_blocks(weight.steps),
-        position_bytes=beside.position_bytes(weight.stored.shape[1]) if kind == "conv" else 0,
+        stages,
+        int(stack.recast() * copies) + _dense_blocks(weight.steps, copies),
+        reading_bytes(weight.stored.shape, weight.steps, reads) if reads else 0,
     )
 
 
 class _Stack:
-    """The tensors of a stack of low-rank additions (`stack.build_stack`).
+    """The sizes of a stack of low-rank additions (`stack.build_stack`)."""
 
-    sizes: bytes of each, and whether it is the file's own where that lies on the device already; recast:
-    bytes of the fp32 copies of factors while they are multiplied, those of one side at a time.
-    """
+    def __init__(self, steps: Sequence[Add | Left], rows: int, arithmetic: Arithmetic) -> None:
+        self.half = half = arithmetic.half
+        self.widens = arithmetic.widens
+        self.blocks = up_blocks(steps, rows)
+        self.ups: list[tuple[int, int, bool]] = []  # rank or columns, bytes of one element, made anew
+        self.downs: list[tuple[int, int, bool]] = []
+        self.ranks: list[int] = []
+        for step in low_rank(steps):
+            assert isinstance(step.term, LowRank)
+            up_size = FP32 if step.row_change is not None else step.term.up.element_size()
+            down_size = FP32 if step.columns else step.term.down.element_size()
+            up_new = half or step.row_change is not None or not step.term.up.is_contiguous()
+            down_new = half or bool(step.columns)
+            self.ranks.append(step.term.rank)
+            self.ups.append((step.stop - step.start, FP16 if half else up_size, up_new))
+            self.downs.append((step.term.down.shape[1], FP16 if half else down_size, down_new))
+        self.rank = sum(self.ranks)
 
-    def __init__(self, additions: Sequence[Add], blocks: Sequence[UpBlock], half: bool) -> None:
-        self.rank = sum(_low_rank(step).rank for step in additions)
-        self.sizes: list[tuple[int, bool]] = []
-        self.recast = 0
-        if not additions:
-            return
-        self.sizes += [(self.rank * FP32, False)] * 2  # exponents and scales
-        downs = [(_low_rank(step).down, bool(step.columns)) for step in additions]
-        columns = downs[0][0].shape[1]
-        self._hold([(columns, self.rank, downs)], half)
-        ups = [(_low_rank(step).up, step.row_change is not None) for step in additions]
-        self._hold(
-            [
-                (
-                    block[0][2] - block[0][1],
-                    sum(_low_rank(additions[number]).rank for number, _, _ in block),
-                    [ups[number] for number, _, _ in block],
-                )
-                for block in blocks
-            ],
-            half,
-        )
+    def made(self) -> Iterator[int]:
+        """Tensors that are made for the device in any case."""
+        if self.rank:
+            yield from (self.rank * FP32, self.rank * FP32)  # exponents and scales
+        if len(self.ranks) > 1:
+            yield self.rank * self.downs[0][0] * max(size for _, size, _ in self.downs)
+        for block in self.blocks:
+            numbers = [number for number, _, _ in block]
+            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                yield INT64 * sum(self.ranks[number] for number in numbers)
+        yield from (size for size, new in self._ups() if new)
+        yield from (size for size, new in self._single_down() if new)
 
-    def _hold(self, joined: Iterable[tuple[int, int, Sequence[tuple[Tensor, bool]]]], half: bool) -> None:
-        """Factors of one side: length and rank of each joined one, and its parts, changed or as they are."""
-        recast = 0
-        for length, rank, parts in joined:
-            changed = half or any(change for _, change in parts)
-            element = FP16 if half else _joined_type(parts).itemsize
-            own = changed or len(parts) > 1 or not parts[0][0].is_contiguous()
-            self.sizes.append((length * rank * element, not own))
-            recast += length * rank * FP32 if element < FP32 and not half else 0
-        self.recast = max(self.recast, recast)
+    def kept(self) -> Iterator[int]:
+        """Tensors that are the file's own, where they lie on the device already."""
+        yield from (size for size, new in (*self._ups(), *self._single_down()) if not new)
 
+    def _ups(self) -> Iterator[tuple[int, bool]]:
+        """Each block of ups, in the widest type of its parts, and whether it is made anew."""
+        for block in self.blocks:
+            _, start, stop = block[0]
+            parts = [self.ups[number] for number, _, _ in block]
+            rank = sum(self.ranks[number] for number, _, _ in block)
+            new = len(block) > 1 or parts[0][2]
+            yield (stop - start) * rank * max(size for _, size, _ in parts), new
 
-def _low_rank(step: Add) -> LowRank:
-    assert isinstance(step.term, LowRank)
-    return step.term
+    def _single_down(self) -> Iterator[tuple[int, bool]]:
+        if len(self.ranks) == 1:
+            columns, size, new = self.downs[0]
+            yield columns * self.rank * size, new
 
-
-def _joined_type(parts: Iterable[tuple[Tensor, bool]]) -> torch.dtype:
-    """The type of factors side by side, those that are changed in fp32: fp16 beside bf16 makes fp32."""
-    types = [torch.float32 if changed else part.dtype for part, changed in parts]
-    return functools.reduce(torch.promote_types, types)
+    def recast(self) -> int:
+        """fp32 copies of the factors while they are multiplied: of one side at a time."""
+        if self.half and not self.widens:
+            return 0
+        sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
+        lengths = (zip(self.ranks, side, strict=True) for side in sides)
+        return max((FP32 * sum(rank * each[0] for rank, each in side) for side in lengths), default=0)
 
 
 def _others(weight: EffectiveWeight) -> Iterator[Tensor]:
@@ -164,7 +241,7 @@ def _turn_tensors(turns: Iterable[Turn]) -> Iterator[Tensor]:
 
 
 def _operator_tensors(operator: Operator) -> Iterator[Tensor]:
-    """What an operator has on a device, the orders of a rotation too."""
+    """What `Operator.to` brings along: of a permuted rotation its orders too."""
     if isinstance(operator, Chain):
         for part in operator.parts:
             yield from _operator_tensors(part)
@@ -174,15 +251,18 @@ def _operator_tensors(operator: Operator) -> Iterator[Tensor]:
         yield from (order for order in (operator.order, operator.inverse) if order is not None)
 
 
-def _dense_blocks(steps: Sequence[Add | Left]) -> int:
-    return max(
-        (
-            dense_block_bytes(math.prod(step.term.size))
-            for step in steps
-            if isinstance(step, Add) and isinstance(step.term, (Dense, Hadamard))
-        ),
-        default=0,
-    )
+def _dense_blocks(steps: Sequence[Add | Left], copies: float) -> int:
+    """The block of a dense or Hadamard term that is at hand: its source and its fp32 copies."""
+    largest_block = 0.0
+    for step in whole_terms(steps):
+        if isinstance(step.term, Kronecker):
+            continue
+        block = min(DENSE_BLOCK_BYTES, FP32 * math.prod(step.term.size))
+        made = copies + 0.5 if isinstance(step.term, Dense) else max(copies + 0.5, 3.0)
+        made += 3.0 if step.columns else 0.0
+        widened = FP32 * step.term.b1.numel() if isinstance(step.term, Hadamard) else 0
+        largest_block = max(largest_block, made * block + 2 * widened)
+    return int(largest_block)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
-from lib_precision_lora.branch.chunks import load, operand_copies
+from lib_precision_lora.branch.chunks import operand_copies, token_bytes
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
@@ -74,8 +74,12 @@ class WeightBranch:
     live outside of the stack, so that `restrength` leaves the factors where they are.
 
     stream: None while the factors stay on the device; else what brings them there from RAM each time.
-    spare: the stream to take to where the device has no memory for them.
+    spare: the stream to take to where the device has no memory for them. convolution: whether the input is
+    treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device.
     """
+
+    convolution = False
+    placeable = True
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
@@ -188,23 +192,21 @@ class WeightBranch:
         phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
-        size = load(
+        size = token_bytes(
             self.columns,
             self.rows,
             0 if down is None else down.shape[0],
             self.steps,
             [turn for piece in self.pieces for turn in piece.turns],
             operand_copies(product, device),
-        ).token_bytes()
+            self.convolution,
+        )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
 
 
 def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
-    """What the output side of a stack is cut into: one block per range of rows of each phase.
-
-    rows: of the weight.
-    """
+    """What the output side of a stack is cut into: one block per range of rows of each phase."""
     numbers = _numbers(steps)
     blocks = [
         _up_block(additions, start, stop, numbers)

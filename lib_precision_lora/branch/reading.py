@@ -23,6 +23,14 @@ BLOCK_BYTES = 10 * 2**20
 """One block in the arithmetic's type; about five live at once, which keeps reading below 64 MiB."""
 
 
+def reading_bytes(shape: Sequence[int], steps: Sequence[Add | Left], element: int) -> int:
+    """What reading a weight of this shape with these steps takes at most; element: bytes of the arithmetic's
+    type. Of blocks, about four live at once, and two more where they are read by column."""
+    block = min(BLOCK_BYTES, element * math.prod(shape))
+    mixing = any(isinstance(step, Left) and step.operator.mixes for step in steps)
+    return (6 if mixing else 4) * block
+
+
 class Reader:
     """Blocks of `W_eff` and of `W_eff − W0`; dtype is the arithmetic, fp16 that of the fp16 mode."""
 

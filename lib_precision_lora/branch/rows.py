@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.effective import Piece
 from lib_precision_lora.branch.operands import Operands, RowRange
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, WORKSPACE_BYTES
 
@@ -80,8 +81,7 @@ def _add_turned(
         z -= offset
     for piece in operands.pieces:
         if piece.turns:
-            shift = given.base(piece.turns)[:, piece.start : piece.stop]
-            z[:, piece.start : piece.stop] += shift if piece.share is None else shift * piece.share
+            _add_base(piece, given, z[:, piece.start : piece.stop])
     for phase in operands.phases:
         for left in phase.lefts:
             _turn_outputs(left, z, window)
@@ -91,6 +91,12 @@ def _add_turned(
     if operands.bias is not None:
         offset = operands.bias[low:high] if offset is None else offset + operands.bias[low:high]
     y[:, low:high].copy_(z if offset is None else z.add_(offset))
+
+
+def _add_base(piece: Piece, given: BranchInput, z: Tensor) -> None:
+    """`z += share · W0 (R − I) x`, on the rows of the piece; nothing of it outlives the sum."""
+    shift = given.base(piece.turns)[:, piece.start : piece.stop]
+    z += shift if piece.share is None else shift * piece.share
 
 
 def _turn_outputs(left: Left, z: Tensor, window: tuple[int, int]) -> None:

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_precision_lora.branch.branch import Branch
-from lib_precision_lora.branch.chunks import operand_copies
+from lib_precision_lora.branch.chunks import Arithmetic
 from lib_precision_lora.branch.compose import (
     Piece,
     effective_weights,
     make_attachments,
+    merged_modules,
     out_of_memory,
 )
 from lib_precision_lora.branch.fitted import FittedAdapters
-from lib_precision_lora.branch.footprint import footprints
+from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.operands import WeightBranch
@@ -35,7 +36,6 @@ from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
 from lib_precision_lora.branch.undo import Undo, run_all, run_back
-from lib_precision_lora.memory.footprint import Footprint
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,12 @@ class PatchSession:
                 attached.piece.release()
 
     def footprints(
-        self, patches: Sequence[Patch], compute: Compute, device: torch.device, dtype: torch.dtype
+        self,
+        patches: Sequence[Patch],
+        compute: Compute,
+        device: torch.device,
+        dtype: torch.dtype,
+        dense: DensePolicy = "branch",
     ) -> dict[str, Footprint]:
         """What each module's branch would take on this device, for activations of this type, by name.
 
@@ -124,7 +129,8 @@ class PatchSession:
         model = self._living_model()
         weights = effective_weights(model, patches, self._fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
-        return footprints(weights, product.half, operand_copies(product, device))
+        merged = merged_modules(model, weights, compute, dense)
+        return footprints(weights, Arithmetic.of(product, device), merged)
 
     def place(
         self, device: torch.device, dtype: torch.dtype, resident: Collection[str] | None = None
@@ -139,7 +145,7 @@ class PatchSession:
             device = torch.device("cuda", torch.cuda.current_device())
         for name, attached in self._attached.items():
             piece = attached.piece
-            if not isinstance(piece, WeightBranch):
+            if not isinstance(piece, WeightBranch) or not piece.placeable:
                 continue
             piece.spare = self._stream
             piece.reside(None if resident is None or name in resident else self._stream)

@@ -21,10 +21,10 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchSession
+from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
-from lib_precision_lora.memory.footprint import Footprint
 from lib_precision_lora.storage import StorageError
 
 logger = logging.getLogger("lib_precision_lora")
@@ -97,7 +97,9 @@ class HostedSession:
         signature = arithmetic, device, dtype, *_flat(host_patches)
         if self._sketched is None or self._sketched[0] != signature:
             ours, _ = self._divide(model, host_patches)
-            sketched = self._session.footprints(ours, arithmetic.compute, device, dtype)
+            sketched = self._session.footprints(
+                ours, arithmetic.compute, device, dtype, _policy(model, arithmetic)
+            )
             self._sketched = signature, sketched
         return self._sketched[1]
 

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError, PatchMemoryError
+from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan, plan_budget
 from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.memory.budget import megabytes
-from lib_precision_lora.memory.footprint import Footprint
 from lib_precision_lora.memory.placement import choose_resident, streaming_bytes
 
 logger = logging.getLogger("lib_precision_lora")

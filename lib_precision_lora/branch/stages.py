@@ -1,0 +1,115 @@
+"""What a forward of a branch takes at its stages, of which one follows the other.
+
+A stage holds several uses of memory at once, each `min(positions · bytes of one, at most)`; a forward takes
+what its largest stage takes.
+
+    linear   one: a chunk of tokens (`chunks.token_bytes`)
+    conv     hidden    the stack's hidden state of a sample, from blocks of input channels
+             base      one more pass through the module, of the turned input, or of blocks of its patches
+             outputs   chunks of positions; of all at once, for what is not of low rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lib_precision_lora.adapters.steps import Add, Left, Turn
+from lib_precision_lora.adapters.terms import Kronecker
+from lib_precision_lora.branch.chunks import (
+    operator_copies,
+    token_bytes,
+    turned_copies,
+    whole_terms,
+)
+from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Bytes for each position (token), and the bound that they keep; None where they keep none."""
+
+    position_bytes: float
+    at_most: float | None = None
+
+    def size(self, positions: int) -> float:
+        size = positions * self.position_bytes
+        return size if self.at_most is None else min(size, self.at_most)
+
+
+Stage = tuple[Use, ...]
+
+
+def largest(stages: Sequence[Stage], positions: int) -> int:
+    """Bytes of the stage that takes most."""
+    return int(max((sum(use.size(positions) for use in stage) for stage in stages), default=0))
+
+
+def linear_stage(size: int) -> Stage:
+    """size: `chunks.token_bytes` of the branch."""
+    return (Use(size, WORKSPACE_BYTES),)
+
+
+def conv_stages(weight: EffectiveWeight, rank: int, copies: float) -> Iterator[Stage]:
+    """The stages of a convolution's forward, of one sample; positions: those of its output.
+
+    rank: of its stack; copies: `chunks.operand_copies`.
+    """
+    outputs, channels = weight.stored.shape[:2]
+    columns = channels * math.prod(weight.stored.shape[2:])
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
+    by_patch = any(operator.mixes for operator, _ in _all_turns(weight))
+    hidden = Use(FP32 * rank)
+    if rank:
+        yield hidden, Use(FP32 * rank), _channel_block(channels, copies)
+    kept = [hidden]
+    if turns and by_patch:
+        size = 2.5 + turned_copies(turns) - 1.0
+        block = Use(FP32 * columns * size, WORKSPACE_BYTES / 4 * size)
+        yield hidden, Use(FP32 * 2 * outputs), block
+        yield hidden, Use(FP32 * 3 * outputs)
+    elif turns:
+        kept.append(Use(FP32 * (outputs + 1)))
+        yield *kept, Use(FP32 * channels * turned_copies(turns))
+    turned = bool(turns) or any(isinstance(step, Left) for step in weight.steps)
+    whole = whole_terms(weight.steps)
+    if not whole and not by_patch:
+        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, copies, convolution=True)
+        yield *kept, Use(chunk, WORKSPACE_BYTES)
+        return
+    if turned:
+        kept.append(Use(FP32 * outputs))
+        lefts = [operator_copies(step.operator) for step in weight.steps if isinstance(step, Left)]
+        yield *kept, Use(FP32 * outputs * max(lefts, default=0.0))
+    if rank:
+        kept.append(_output_block(outputs, copies))
+        yield tuple(kept)
+    for step in whole:
+        yield *kept, *_whole_term(step, channels, outputs, copies, by_patch)
+
+
+def _whole_term(step: Add, channels: int, outputs: int, copies: float, by_patch: bool) -> Stage:
+    """One addition that is not of low rank, to all positions."""
+    turned = 0.0 if by_patch else turned_copies(step.columns)
+    given = Use(FP32 * channels * turned), _channel_block(channels, copies)
+    if not isinstance(step.term, Kronecker):
+        return *given, _output_block(outputs, copies), _output_block(outputs, 1.0)
+    mixed, inner = outputs, step.term.left.shape[1] * step.term.height
+    return *given, Use(FP32 * max(2 * inner + mixed, inner + 2 * mixed))
+
+
+def _channel_block(channels: int, copies: float) -> Use:
+    """The block of input channels that `conv.convolve` brings to the product's type at a time."""
+    return Use(FP32 * channels * copies, WORKSPACE_BYTES / 2 * copies)
+
+
+def _output_block(outputs: int, copies: float) -> Use:
+    """The block of rows that `rows.add_rows` treats at a time."""
+    return Use(FP32 * outputs * copies, WORKSPACE_BYTES / 2 * copies)
+
+
+def _all_turns(weight: EffectiveWeight) -> list[Turn]:
+    turns = [turn for piece in weight.pieces for turn in piece.turns]
+    return turns + [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]
