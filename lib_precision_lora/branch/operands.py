@@ -142,9 +142,7 @@ class WeightBranch:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the factors as the files have them."""
-        tensors = {id(t): t for step in self.steps if isinstance(step, Add) for t in step.term.tensors()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return factor_bytes(self.steps)
 
     def placed(self) -> Iterator[Tensor]:
         """Every tensor that was made for a device, or for the way there."""
@@ -206,6 +204,12 @@ class WeightBranch:
         )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
         return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
+
+
+def factor_bytes(steps: Sequence[Add | Left]) -> int:
+    """Bytes of the factors as the files have them."""
+    tensors = {id(t): t for step in steps if isinstance(step, Add) for t in step.term.tensors()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:
