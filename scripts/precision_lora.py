@@ -25,5 +25,8 @@ class PrecisionLoRA(scripts.Script):
     def process_before_every_sampling(self, p, *args, **kwargs):
         show_notices(p)
 
+    def post_sample(self, p, *args):
+        show_notices(p)
+
     def postprocess(self, p, processed, *args):
         show_late_notices(p, processed)

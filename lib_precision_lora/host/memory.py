@@ -129,13 +129,12 @@ class MemoryPlanner:
             except PatchMemoryError as error:
                 logger.warning("%s; trying once more with factors streamed from RAM", error)
                 session.place(device, dtype, frozenset())
+            self._seconds += time.perf_counter() - start
+            self._log(patcher, decided)
         except PatchMemoryError as error:
             self._leave_out_all(patcher, decided, error)
         except Exception:  # the first forward places them as well
             logger.exception("placing LoRAs failed; please report it with the console's log")
-        self._seconds += time.perf_counter() - start
-        if session.attached:
-            self._log(patcher, decided)
 
     def guard(self, host_free_memory: Callable[..., None]) -> Callable[..., None]:
         """The host's `free_memory`, never asked for more than the card has."""
