@@ -39,6 +39,9 @@ class PrecisionLoRA(scripts.Script):
         steps.show_notices(p)
         steps.write_parameters(p)
 
+    def post_sample(self, p, *args):
+        steps.show_notices(p)
+
     def postprocess(self, p, processed, *args):
         steps.show_late_notices(p, processed)
         steps.report(p)

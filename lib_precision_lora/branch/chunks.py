@@ -23,11 +23,15 @@ from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
 from lib_precision_lora.branch.product import Product, tensor_float_allowed
-from lib_precision_lora.memory.chunks import BLOCK_COPIES, ORDERED_BLOCK_COPIES, SCALE_COPIES, chain_copies, (
+from lib_precision_lora.memory.chunks import (
+    BLOCK_COPIES,
     FP32,
     HALF_COPIES,
+    ORDERED_BLOCK_COPIES,
+    SCALE_COPIES,
     SINGLE_COPIES,
     SPLIT_COPIES,
+    chain_copies,
 )
 
 

@@ -21,7 +21,7 @@ from lib_precision_lora.branch.linear import LinearBranch
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, make_merged
 from lib_precision_lora.branch.norm import NormBranch
-from lib_precision_lora.branch.operands import WeightBranch
+from lib_precision_lora.branch.operands import WeightBranch, factor_bytes
 from lib_precision_lora.branch.patch import Patch, PatchError, PatchMemoryError
 from lib_precision_lora.branch.policy import DensePolicy, merges, shared
 from lib_precision_lora.branch.product import Compute
@@ -115,6 +115,15 @@ def _blamed(patch: Patch) -> Iterator[None]:
         raise out_of_memory(patch.target.parameter, size, error, patch.source) from error
 
 
+@contextmanager
+def memory_for(name: str, size: int) -> Iterator[None]:
+    """Where there is no memory for what this layer needs within, `size` bytes, the error names them."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(name, size, error) from error
+
+
 def out_of_memory(name: str, size: int, error: Exception, source: str | None = None) -> PatchMemoryError:
     """What is raised where a layer's patch of `size` bytes finds no memory."""
     file = "" if source is None else f"{source}: "
@@ -124,6 +133,15 @@ def out_of_memory(name: str, size: int, error: Exception, source: str | None = N
         source,
         name,
     )
+
+
+def piece_bytes(piece: Piece) -> int:
+    """What a branch's factors take as the files have them, a merge or a shadow as the parameters it is."""
+    if isinstance(piece, Merged):
+        return sum(shadow.original.nbytes for shadow in piece.shadows)
+    if isinstance(piece, Shadow):
+        return piece.shadow.nbytes
+    return piece.factor_bytes if isinstance(piece, WeightBranch) else 0
 
 
 def make_attachments(
@@ -139,11 +157,16 @@ def make_attachments(
         path = name.rpartition(".")[0]
         if site.kind == "shadow":
             try:
-                attachments[name] = site, make_shadow(site.module, site.attribute, site.parameter, effective)
+                with memory_for(name, effective.stored.nbytes):
+                    shadow = make_shadow(site.module, site.attribute, site.parameter, effective)
+            except PatchError:
+                raise
             except AdapterError as error:
                 raise PatchError(f"layer {name}: {error}", None, name) from error
+            attachments[name] = site, shadow
         elif path not in attachments:
-            branch = _make_branch(site, path, weights, compute)
+            with memory_for(name, factor_bytes(effective.steps)):
+                branch = _make_branch(site, path, weights, compute)
             attachments[path] = site, branch
             if isinstance(branch, WeightBranch):
                 here = _parts(path, weights)

@@ -41,7 +41,7 @@ class NormBranch:
 
     def placed(self) -> Iterator[Tensor]:
         for vector in (self.weight, self.bias):
-            if vector is not None:
+            if vector is not None and vector.placed is not None:
                 yield vector.placed
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

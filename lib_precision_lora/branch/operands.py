@@ -146,9 +146,7 @@ class WeightBranch:
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes of the factors as the files have them."""
-        tensors = {id(t): t for step in self.steps if isinstance(step, Add) for t in step.term.tensors()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return factor_bytes(self.steps)
 
     def placed(self) -> Iterator[Tensor]:
         """Every tensor that was made for a device, or for the way there."""
@@ -214,6 +212,12 @@ def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
         for start, stop in _row_ranges(additions, rows)
     ]
     return [block for block in blocks if block]
+
+
+def factor_bytes(steps: Sequence[Add | Left]) -> int:
+    """Bytes of the factors as the files have them."""
+    tensors = {id(t): t for step in steps if isinstance(step, Add) for t in step.term.tensors()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _grouped(steps: Sequence[Add | Left]) -> list[tuple[list[Left], list[Add]]]:

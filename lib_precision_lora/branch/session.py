@@ -20,8 +20,10 @@ from lib_precision_lora.branch.compose import (
     Piece,
     effective_weights,
     make_attachments,
+    memory_for,
     merged_modules,
     out_of_memory,
+    piece_bytes,
 )
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint, footprints
@@ -91,7 +93,8 @@ class PatchSession:
             for name in [name for name in self._attached if name not in wanted]:
                 self._remove(name, undo)
             for name, (site, piece) in wanted.items():
-                self._put(name, site.module, piece, undo)
+                with memory_for(name, piece_bytes(piece)):
+                    self._put(name, site.module, piece, undo)
         except BaseException:
             run_back(undo)
             raise
@@ -141,8 +144,7 @@ class PatchSession:
         are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory; the device
         then holds no factors at all.
         """
-        if device.type == "cuda" and device.index is None:  # as activations name it
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.empty(0, device=device).device  # with the index that inputs have
         for name, attached in self._attached.items():
             piece = attached.piece
             if not isinstance(piece, WeightBranch) or not piece.placeable:
@@ -162,8 +164,9 @@ class PatchSession:
         return tuple(n for n, piece in pieces if isinstance(piece, WeightBranch) and piece.stream is not None)
 
     @property
-    def placed_bytes(self) -> int:
-        """Bytes of factors that stand where forwards expect them; streamed ones do not."""
+    def placed_sizes(self) -> tuple[int, ...]:
+        """Bytes of each piece of memory that holds factors where forwards expect them; streamed ones do
+        not."""
         sizes: dict[int, int] = {}
         for attached in self._attached.values():
             piece = attached.piece
@@ -171,7 +174,11 @@ class PatchSession:
                 continue
             for tensor in piece.placed():
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(sizes.values())
+        return tuple(sizes.values())
+
+    @property
+    def placed_bytes(self) -> int:
+        return sum(self.placed_sizes)
 
     @property
     def merged(self) -> tuple[str, ...]:

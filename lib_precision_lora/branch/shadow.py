@@ -38,7 +38,9 @@ class Shadow:
             module._parameters[self.attribute] = self.shadow
 
     def placed(self) -> Iterator[Tensor]:
-        yield self.shadow
+        """It goes where its module goes."""
+        if self.shadow.device.type != "cpu":
+            yield self.shadow
 
     def detach(self, keep: bool = True) -> None:
         """Put the original back, as the host would have moved and cast it in the meantime.

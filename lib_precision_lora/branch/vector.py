@@ -13,12 +13,12 @@ class DeltaVector:
 
     def __init__(self, effective: EffectiveWeight) -> None:
         self._delta = effective.delta(torch.float32).cpu()
-        self.placed = self._delta
+        self.placed: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
-        if self.placed.device != device:
+        if self.placed is None or self.placed.device != device:
             self.placed = self._delta.to(device)
         return self.placed
 
     def release(self) -> None:
-        self.placed = self._delta
+        self.placed = None

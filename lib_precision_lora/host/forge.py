@@ -6,6 +6,7 @@ free_memory               no request above the card's size
 LoadedModel.model_load    where layers are placed one by one, let the host find its own parameters there
 LoadedModel.model_unload  take the factors off the device with the model
 sampling_prepare          how large the image is, for the plan
+has_online_lora           no: it would add factors to what we have planned, and cast ours in place
 networks.load_networks    read files, report what cannot be applied, keep one patcher per checkpoint
 cached_params             text conditioning is cached by our settings and file versions as well
 
@@ -58,6 +59,7 @@ REQUIREMENTS = (
     ),
     Requirement("backend.patcher.base", "ModelPatcher.clone", ("self",)),
     Requirement("backend.patcher.base", "ModelPatcher.refresh_loras", ("self",)),
+    Requirement("backend.patcher.base", "ModelPatcher.has_online_lora", ("self",)),
     Requirement(
         "backend.memory_management",
         "load_models_gpu",
@@ -107,7 +109,7 @@ class ForgeBinding:
     def __init__(self) -> None:
         import networks
         from backend import memory_management, utils
-        from backend.patcher import lora
+        from backend.patcher import base, lora
         from modules import processing, sd_models, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 
         self._shared = shared
@@ -132,6 +134,7 @@ class ForgeBinding:
             Replacement(memory_management, "free_memory", self.memory.guard),
             Replacement(sd_samplers_kdiffusion, "sampling_prepare", self._make_sampling_prepare),
             Replacement(sd_samplers_timesteps, "sampling_prepare", self._make_sampling_prepare),
+            Replacement(base.ModelPatcher, "has_online_lora", self._make_has_online_lora),
             Replacement(memory_management.LoadedModel, "model_load", self._make_model_load),
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
@@ -200,6 +203,7 @@ class ForgeBinding:
             session = self._session(model)
             left_out = self.memory.left_out(model)
             if left_out:
+                self._failures += 1
                 fitting = (key for key in lora_patches if source_of(key) not in left_out)
                 lora_patches = {key: lora_patches[key] for key in fitting}
 
@@ -239,26 +243,39 @@ class ForgeBinding:
                 [patcher for patcher in models if self._follows(patcher)] if self.settings().enabled else []
             )
             kept += self.memory.prepare(planned, models, required, kept)
-            host_load(models, required, kept)
+            self._stop_if_set()
+            host_load(models, required, self.memory.beside_the_least(kept, device))
             for patcher in models:
                 if self._follows(patcher):
                     patcher.refresh_loras()
             for patcher in planned:
                 self.memory.place(patcher)
-            if self.settings().on_failure == "stop":
-                self.notices.stop_if_any()
+            self._stop_if_set()
 
         return load_models_gpu
 
+    def _stop_if_set(self) -> None:
+        settings = self.settings()
+        if settings.enabled and settings.on_failure == "stop":
+            self.notices.stop_if_any()
+
     def _make_sampling_prepare(self, host_prepare: Callable[..., Any]) -> Callable[..., Any]:
         def sampling_prepare(unet: Any, x: Any) -> Any:
-            self.memory.positions = int(x.shape[-2] * x.shape[-1])
+            self.memory.image(int(x.shape[-2] * x.shape[-1]))
             try:
                 return host_prepare(unet, x)
             finally:
-                self.memory.positions = None
+                self.memory.image(None)
 
         return sampling_prepare
+
+    def _make_has_online_lora(self, host_has: Callable[..., bool]) -> Callable[..., bool]:
+        """What goes the host's own way it merges in its forwards, from wherever the factors are."""
+
+        def has_online_lora(patcher: Any) -> bool:
+            return False if self.settings().enabled else host_has(patcher)
+
+        return has_online_lora
 
     def _make_model_load(self, host_load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def model_load(loaded: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> nn.Module:
@@ -313,9 +330,8 @@ class ForgeBinding:
 
     def _make_cached_params(self, host_params: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def cached_params(processing: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            self._stop_if_set()
             settings = self.settings()
-            if settings.enabled and settings.on_failure == "stop":
-                self.notices.stop_if_any()
             versions = self.loader.versions if settings.enabled else ()
             ours = (settings.arithmetic, versions, self._failures) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)

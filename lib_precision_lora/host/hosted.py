@@ -20,11 +20,12 @@ from lib_precision_lora.adapters import (
     from_forge_patch,
     row_order,
 )
-from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchSession
+from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchMemoryError, PatchSession
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
+from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.storage import StorageError
 
 logger = logging.getLogger("lib_precision_lora")
@@ -109,7 +110,8 @@ class HostedSession:
 
     @property
     def placed_bytes(self) -> int:
-        return self._session.placed_bytes
+        """Of factors that stand on the device, as its allocator rounds them."""
+        return allocated_bytes(self._session.placed_sizes)
 
     def clear(self) -> None:
         """Take off everything that is ours; what the host has merged is the host's to take out."""
@@ -165,7 +167,7 @@ class HostedSession:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
         one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
-        dense = _policy(model, arithmetic)
+        dense, released = _policy(model, arithmetic), False
         while True:
             try:
                 self._session.apply_patches(patches, arithmetic.compute, dense)
@@ -173,6 +175,11 @@ class HostedSession:
                     logger.info("%d layers are merged", len(self._session.merged))
                 return problems
             except PatchError as error:
+                if isinstance(error, PatchMemoryError) and not released:
+                    logger.warning("%s; trying once more with the factors of all layers in RAM", error)
+                    self._session.release()
+                    released = True
+                    continue
                 source = error.source or _last_source(patches, error.parameter)
                 message = str(error) if error.source is not None else f"{source or 'all of them'}: {error}"
                 # a new error: the raised one's traceback would keep the model alive

@@ -7,30 +7,25 @@ on the card already it would leave as it is; where that leaves too little, it is
 from __future__ import annotations
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from lib_precision_lora.branch import PatchError, PatchMemoryError
-from lib_precision_lora.branch.footprint import Footprint
+from lib_precision_lora.branch import PatchMemoryError
+from lib_precision_lora.host.budgeting import Budgeting, Patches, activation_type, without
 from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.settings import Settings
-from lib_precision_lora.memory import Plan, plan_budget
+from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.memory.budget import megabytes
-from lib_precision_lora.memory.placement import choose_resident, streaming_bytes
+from lib_precision_lora.memory.placement import choose_resident
 
 logger = logging.getLogger("lib_precision_lora")
-
-TEXT_TOKENS = 512
-"""Tokens of a text encoder's longest input."""
 
 WORTH_A_MOVE = 256 * 2**20
 """How much less a patch set has to ask for, before a model that lies in RAM in part is placed anew."""
@@ -44,6 +39,10 @@ class ModelPlan:
     plan: Plan
     resident: frozenset[str] | None
     left_out: frozenset[str]
+
+
+UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
+"""Everything is tried, and nothing is asked of the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +73,16 @@ class MemoryPlanner:
         notices: Notices,
     ) -> None:
         self._host = memory_management
-        self._sessions = sessions
         self._session = session
-        self._settings = settings
         self._notices = notices
+        self._budgeting = Budgeting(memory_management, sessions, session, settings)
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
-        self._asked: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._seconds = 0.0
-        self.positions: int | None = None
+
+    def image(self, positions: int | None) -> None:
+        """How many positions the latent image has that is sampled now; None: no longer."""
+        self._budgeting.positions = positions
 
     def left_out(self, model: nn.Module) -> frozenset[str]:
         """The sources that do not fit on the card."""
@@ -90,7 +91,7 @@ class MemoryPlanner:
 
     def forget(self, model: nn.Module) -> None:
         self._plans.pop(model, None)
-        self._asked.pop(model, None)
+        self._granted.pop(model, None)
 
     def prepare(self, patchers: Sequence[Any], models: Sequence[Any], required: float, kept: float) -> int:
         """Plan these patchers, with everything that is to be loaded with them; bytes to ask the host for.
@@ -99,15 +100,21 @@ class MemoryPlanner:
         `hard_memory_preservation`.
         """
         start = time.perf_counter()
-        for patcher in patchers:
-            self._plans[patcher.model] = self._plan(patcher, models, required, kept)
-        reserve = sum(self._reserve(patcher) for patcher in patchers)
-        for patcher in patchers:
-            self._make_room(
-                patcher, models, max(self._host.minimum_inference_memory(), required) + kept + reserve
-            )
+        reserve = 0
+        try:
+            for patcher in patchers:
+                self._plans[patcher.model] = self._plan(patcher, models, required, kept)
+            reserve = sum(self._reserve(patcher) for patcher in patchers)
+            room = max(self._host.minimum_inference_memory(), required) + kept + reserve
+            for patcher in patchers:
+                self._make_room(patcher, models, room)
+            reserve = sum(self._reserve(patcher) for patcher in patchers)
+        except Exception:  # an unplanned LoRA is better than no image
+            logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
+            for patcher in patchers:
+                self._plans[patcher.model] = UNPLANNED
         self._seconds = time.perf_counter() - start
-        return sum(self._reserve(patcher) for patcher in patchers)
+        return reserve
 
     def place(self, patcher: Any) -> None:
         """Bring the factors to where the plan wants them; streamed where there is no room after all."""
@@ -117,16 +124,17 @@ class MemoryPlanner:
             return
         device, dtype = patcher.load_device, activation_type(model)
         try:
-            session.place(device, dtype, decided.resident)
-        except PatchMemoryError as error:
-            logger.warning("%s; trying once more with factors streamed from RAM", error)
             try:
+                session.place(device, dtype, decided.resident)
+            except PatchMemoryError as error:
+                logger.warning("%s; trying once more with factors streamed from RAM", error)
                 session.place(device, dtype, frozenset())
-            except PatchMemoryError as still:
-                self._leave_out_all(patcher, decided, still)
-        self._seconds += time.perf_counter() - start
-        if session.attached:
+            self._seconds += time.perf_counter() - start
             self._log(patcher, decided)
+        except PatchMemoryError as error:
+            self._leave_out_all(patcher, decided, error)
+        except Exception:  # the first forward places them as well
+            logger.exception("placing LoRAs failed; please report it with the console's log")
 
     def guard(self, host_free_memory: Callable[..., None]) -> Callable[..., None]:
         """The host's `free_memory`, never asked for more than the card has."""
@@ -138,10 +146,12 @@ class MemoryPlanner:
 
     def at_most_the_card(self, size: float, device: Any) -> float:
         """The request, or the card's size where it is larger, or no number at all."""
-        total = self._host.get_total_memory(device)
-        if math.isfinite(size) and size <= total:
-            return size
-        return float(total)
+        return self._budgeting.at_most_the_card(size, device)
+
+    def beside_the_least(self, kept: float, device: Any) -> float:
+        """At most what the card has beside the least that the host keeps free for every generation."""
+        room = self._host.get_total_memory(device) - self._host.minimum_inference_memory()
+        return min(kept, max(0.0, float(room)))
 
     def report(self, models: Sequence[nn.Module]) -> MemoryReport | None:
         """Planned and measured bytes of these models together; None where nothing is attached."""
@@ -154,119 +164,70 @@ class MemoryPlanner:
             sum(plan.resident_bytes for _, plan in plans)
             + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
             sum(plan.resident_bytes for _, plan in plans),
-            sum(self._placed(model) for model, _ in plans),
+            sum(self._budgeting.placed(model) for model, _ in plans),
             "streamed" if "streamed" in placements else "resident",
             self._seconds,
         )
 
     def _plan(self, patcher: Any, models: Sequence[Any], required: float, kept: float) -> ModelPlan:
-        """The plan with as many files, from the first on, as fit."""
-        patches = dict(patcher.lora_patches)
-        left_out: set[str] = set()
-        while True:
-            footprints = self._footprints(patcher, patches)
-            decided = self._budget(patcher, footprints, models, required, kept)
-            if decided.placement != "refused" or not patches:
-                break
-            source = source_of(list(patches)[-1])
-            patches = {key: value for key, value in patches.items() if source_of(key) != source}
-            left_out.add(source)
-            self._refuse(source, decided)
-        resident = None
-        if decided.placement == "streamed":
-            sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
-            resident = choose_resident(sizes, decided.resident_bytes)
-        return ModelPlan(decided, resident, frozenset(left_out))
+        """The plan with every file, or with each that fits beside those before it."""
 
-    def _footprints(self, patcher: Any, patches: Mapping[Any, Any]) -> Mapping[str, Footprint]:
-        try:
-            return self._session(patcher.model).footprints(
-                patcher.model,
-                patches,
-                self._settings().arithmetic,
-                patcher.load_device,
-                activation_type(patcher.model),
-            )
-        except PatchError:  # what does not fit the model is said when it is attached
-            return {}
-        except Exception:  # an unplanned LoRA is better than no image
-            logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
-            return {}
+        def decide(patches: Patches) -> ModelPlan:
+            footprints = self._budgeting.footprints(patcher, patches)
+            plan = self._budgeting.budget(patcher, footprints, models, required, kept)
+            resident = None
+            if plan.placement == "streamed":
+                sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
+                resident = choose_resident(sizes, plan.resident_bytes)
+            return ModelPlan(plan, resident, frozenset())
 
-    def _budget(
-        self,
-        patcher: Any,
-        footprints: Mapping[str, Footprint],
-        models: Sequence[Any],
-        required: float,
-        kept: float,
-    ) -> Plan:
-        host, device = self._host, patcher.load_device
-        positions = self.positions if self.positions and hasattr(patcher.model, "diffusion_model") else None
-        on_cpu = host.is_device_cpu(device)
-        sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
-        shared = sum(each.shared for each in footprints.values()) if on_cpu else 0
-        workspace = max(
-            (each.workspace_bytes(positions or TEXT_TOKENS) for each in footprints.values()), default=0
-        )
-        total = int(host.get_total_memory(device))
-        inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
-        return plan_budget(
-            base_bytes=0 if on_cpu else sum(int(host.module_size(each.model)) for each in models),
-            factor_bytes=max(0, sum(sizes.values()) - shared),
-            workspace_bytes=workspace,
-            inference_bytes=int(inference),
-            margin_bytes=self._settings().margin_bytes,
-            free_bytes=min(total, self._free_without_models(device)),
-            total_bytes=total,
-            streaming_bytes=streaming_bytes(sizes),
-            stream_all=self._settings().stream_all and not on_cpu,
-        )
-
-    def _free_without_models(self, device: Any) -> int:
-        """What is free once every model and every factor has left the device."""
-        held = 0
-        for loaded in self._host.current_loaded_models:
-            if loaded.device == device:
-                held += on_device(loaded, self._host)
-                held += self._placed(loaded.model.model)
-        return int(self._host.get_free_memory(device)) + int(held)
+        every = decide(patcher.lora_patches)
+        if every.plan.placement != "refused":
+            return every
+        sources = dict.fromkeys(source_of(key) for key in patcher.lora_patches)
+        left_out = set(sources)
+        decided = decide({})
+        for source in sources:
+            trial = decide(without(patcher.lora_patches, left_out - {source}))
+            if trial.plan.placement == "refused":
+                self._refuse(source, trial.plan)
+            else:
+                left_out.remove(source)
+                decided = trial
+        return ModelPlan(decided.plan, decided.resident, frozenset(left_out))
 
     def _reserve(self, patcher: Any) -> int:
         """What is to be kept free for this model beyond what its factors hold already."""
         plan = self._plans[patcher.model].plan
-        return max(0, plan.reserve_bytes - self._placed(patcher.model))
+        return max(0, plan.reserve_bytes - self._budgeting.placed(patcher.model))
 
     def _make_room(self, patcher: Any, models: Sequence[Any], needed: float) -> None:
         """Unload a model that stands on the card where the host would leave too little beside it."""
         host, device, model = self._host, patcher.load_device, patcher.model
         here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
-        asked, plan = self._asked.get(model, 0), self._plans[model].plan
-        self._asked[model] = plan.reserve_bytes
+        granted, wanted = self._granted.get(model, 0), self._plans[model].plan.reserve_bytes
         if not here or host.is_device_cpu(device):
+            self._granted[model] = wanted
             return
-        if plan.reserve_bytes > asked:
+        if wanted > granted:
+            self._granted[model] = wanted
             keep = [each for each in host.current_loaded_models if any(each.model is m for m in models)]
             host.free_memory(needed, device, [*keep, *here])
             if host.get_free_memory(device) >= needed:
                 return
-        elif asked - plan.reserve_bytes < WORTH_A_MOVE or not any(each.model_accelerated for each in here):
+        elif granted - wanted < WORTH_A_MOVE or not any(each.model_accelerated for each in here):
             return
-        logger.info("the model is placed anew, with %d MB kept free for LoRAs", megabytes(plan.reserve_bytes))
+        self._granted[model] = wanted
+        logger.info("the model is placed anew, with %d MB kept free for LoRAs", megabytes(wanted))
         for loaded in here:
             host.current_loaded_models.remove(loaded)
             loaded.model_unload()
         host.soft_empty_cache()
 
-    def _placed(self, model: nn.Module) -> int:
-        """Bytes of this model's factors that stand on the device."""
-        session = self._sessions.get(model)
-        return 0 if session is None else session.placed_bytes
-
     def _refuse(self, source: str, plan: Plan) -> None:
         self._notices.problem(
             source,
-            f"A LoRA was left out: {source} does not fit on the card, with those before it: "
+            f"A LoRA was left out: {source} does not fit on the card beside those before it: "
             f"{megabytes(plan.peak_bytes)} MB are needed even when it is streamed from RAM. What helps: "
             f"{'; '.join(plan.advice)}",
         )
@@ -292,14 +253,3 @@ class MemoryPlanner:
             megabytes(session.placed_bytes),
             self._seconds,
         )
-
-
-def activation_type(model: nn.Module) -> torch.dtype:
-    """The type of the activations: text encoders of the host run in fp32."""
-    dtype = getattr(model, "computation_dtype", torch.float32)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def on_device(loaded: Any, host: Any) -> int:
-    """Bytes of a loaded model that stand on its device."""
-    return int(host.module_size(loaded.model.model, include_device=loaded.device))

@@ -84,7 +84,8 @@ def report(p: Any) -> None:
 
 
 def show_notices(p: Any) -> None:
-    """Bring messages about this pass's LoRAs to the page and into the infotext, before it is sampled.
+    """Bring messages about this pass's LoRAs to the page and into the infotext, before it is sampled, and
+    again after: some come up when the model is placed.
 
     The WebUI itself collects an engine's comments once, before the first pass.
     """
@@ -94,7 +95,7 @@ def show_notices(p: Any) -> None:
 
 
 def show_late_notices(p: Any, processed: Any) -> None:
-    """Put messages that came up while a model was placed under the finished image."""
+    """Put messages that came up since then under the finished image."""
     active = binding.active()
     if active is None:
         return

@@ -132,9 +132,9 @@ class Checkpoint:
             encoder = TextEncoder().requires_grad_(False)
         self.exact_model, self.exact_encoder = copy.deepcopy(model).double(), copy.deepcopy(encoder).double()
         self.host, self.encodes = host, 0
-        cpu = torch.device("cpu")
+        device, cpu = host.memory.get_torch_device(), torch.device("cpu")
         clip = host.clip.CLIP({"clip_l": encoder}, {}) if text_encoder else None
-        unet = host.unet.UnetPatcher(model, load_device=cpu, offload_device=cpu)
+        unet = host.unet.UnetPatcher(model, load_device=device, offload_device=cpu)
         self.forge_objects = host.engine.ForgeObjects(unet=unet, clip=clip, vae=None, clipvision=None)
         self.forge_objects_original = self.forge_objects.shallow_copy()
         self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()

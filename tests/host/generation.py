@@ -86,6 +86,7 @@ def generate(
             )
             script.show_notices(p)
             passes.append(_sample(host, conditioning[0], before_sampling, between_steps))
+        script.show_notices(p)
     script.show_late_notices(p, SimpleNamespace(comments=""))
     return Image(tuple(passes), tuple(p.comments), p.extra_generation_params)
 
@@ -103,12 +104,12 @@ def _sample(
     if before_sampling is not None:
         before_sampling(checkpoint)
     unet = checkpoint.forge_objects.unet
-    host.sampling.sampling_prepare(unet, x=PICTURE)
+    host.samplers.sampling_prepare(unet, x=PICTURE)
     if between_steps is not None:
         unet.model.diffusion_model(TOKENS, PICTURE, context)
         between_steps(checkpoint)
     output = unet.model.diffusion_model(TOKENS, PICTURE, context)
-    host.sampling.sampling_cleanup(unet)
+    host.samplers.sampling_cleanup(unet)
     return output.clone()
 
 

@@ -44,6 +44,7 @@ class Host:
     memory: ModuleType
     networks: ModuleType
     processing: ModuleType
+    samplers: ModuleType
     sampling: ModuleType
     sd_models: ModuleType
     shared: ModuleType
@@ -70,6 +71,7 @@ MODULES = {
     "memory": "backend.memory_management",
     "networks": "networks",
     "processing": "modules.processing",
+    "samplers": "modules.sd_samplers_kdiffusion",
     "sampling": "backend.sampling.sampling_function",
     "sd_models": "modules.sd_models",
     "shared": "modules.shared",

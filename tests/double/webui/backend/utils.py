@@ -35,3 +35,26 @@ def set_attr_raw(obj: Any, attr: str, value: Any) -> None:
 
 def tensor2parameter(x: Tensor) -> nn.Parameter:
     return x if isinstance(x, nn.Parameter) else nn.Parameter(x, requires_grad=False)
+
+
+def nested_compute_size(obj: Any, element_size: int) -> int:
+    if isinstance(obj, dict):
+        return sum(nested_compute_size(value, element_size) for value in obj.values())
+    if isinstance(obj, (list, tuple)):
+        return sum(nested_compute_size(value, element_size) for value in obj)
+    return obj.nelement() * element_size if isinstance(obj, torch.Tensor) else 0
+
+
+def nested_move_to_device(obj: Any, **kwargs: Any) -> Any:
+    """Lists and dictionaries are changed in place; of a tuple a plain one is made."""
+    if isinstance(obj, dict):
+        for key in obj:
+            obj[key] = nested_move_to_device(obj[key], **kwargs)
+    elif isinstance(obj, list):
+        for index in range(len(obj)):
+            obj[index] = nested_move_to_device(obj[index], **kwargs)
+    elif isinstance(obj, tuple):
+        return tuple(nested_move_to_device(value, **kwargs) for value in obj)
+    elif isinstance(obj, torch.Tensor):
+        return obj.to(**kwargs)
+    return obj
