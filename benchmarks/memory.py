@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--files 8 --rank 32 --tokens 4096] [--json]
 
 Bytes of tensors that are alive at once beyond the layer's own, on the CPU, counted by `memory.meter`. One
-double block's image stream and one single block, bf16 activations. Streamed: a layer's factors at a time, those
-in RAM not counted; on a card the next layer's are there too.
+double block's image stream and one single block, bf16 activations. Streamed: a layer's factors at a time,
+those in RAM not counted; on a card the next layer's are there too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def merge_bytes_per_parameter() -> float:
     """Peak bytes of a stock-like merge into Q8_0, with one LoRA of rank 32, per parameter of the layer."""
     blocks = torch.full((MERGE_SIDE * MERGE_SIDE // 32, 34), 1, dtype=torch.uint8)
     weight = GGUFParameter(blocks, "Q8_0", (MERGE_SIDE, MERGE_SIDE))
-    weight.tensor_shape = (MERGE_SIDE, MERGE_SIDE)  # type: ignore[attr-defined]
     factors = torch.full((MERGE_SIDE, 32), 0.01, dtype=torch.bfloat16)
     lora = LoRA(factors, factors.T.contiguous(), 1.0)
     with torch.no_grad(), ByteMeter() as meter:
@@ -60,7 +59,7 @@ def merge_bytes_per_parameter() -> float:
 
 
 def measure(files: int, rank: int, tokens: int) -> list[Layer]:
-    """Every layer alone: what stands between two layers is factors, and they add up."""
+    """Every layer alone: factors of several layers add up, and of their workspaces one is there at a time."""
     per_parameter = merge_bytes_per_parameter()
     patches = loras(files, rank)
     return [
@@ -132,8 +131,8 @@ def table(layers: Sequence[Layer]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory",
-        description="The memory of LoRAs on the layers of one double and one single block of Flux, planned and "
-        f"measured on the CPU, beside a stock-like merge. {', '.join(ONE_TOKEN)} see one vector.",
+        description="The memory of LoRAs on the layers of one double and one single block of Flux, planned "
+        f"and measured on the CPU, beside a stock-like merge. {', '.join(ONE_TOKEN)} see one vector.",
     )
     for name, default in (("files", 8), ("rank", 32), ("tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
