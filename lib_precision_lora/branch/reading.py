@@ -25,10 +25,10 @@ BLOCK_BYTES = 10 * 2**20
 
 def reading_bytes(shape: Sequence[int], steps: Sequence[Add | Left], element: int) -> int:
     """What reading a weight of this shape with these steps takes at most; element: bytes of the arithmetic's
-    type. Of blocks, about four live at once, and two more where they are read by column."""
+    type. Of blocks, about five live at once, and one more where they are read by column."""
     block = min(BLOCK_BYTES, element * math.prod(shape))
     mixing = any(isinstance(step, Left) and step.operator.mixes for step in steps)
-    return (6 if mixing else 4) * block
+    return (6 if mixing else 5) * block
 
 
 class Reader:

@@ -21,9 +21,9 @@ from tests.families import BASE_STD, FAMILIES, INPUT_ROTATIONS, family
 from tests.storage.formats import stored_variant
 
 MIB = 2**20
-OUT, IN = 1024, 2048
-CHANNELS = 256, 320
-FEW_CHANNELS = 32, 64
+OUT, IN = 512, 1024
+CHANNELS = 128, 160
+FEW_CHANNELS = 16, 32
 """Where inputs are turned patch by patch, which takes its time."""
 
 MODES: tuple[tuple[Compute, torch.dtype], ...] = (
@@ -105,10 +105,10 @@ def test_a_stacks_peak_and_factors_are_those_predicted(names: tuple[str, ...], c
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-@pytest.mark.parametrize("name", ["lora", "dora-in", "glora", "oft-peft"])
+@pytest.mark.parametrize("name", ["lora", "dora-in", "glora"])
 def test_the_prediction_holds_for_every_stored_weight(name: str, stored: str) -> None:
     shape = (256, 512)
     weight = stored_variant(stored, torch.full(shape, BASE_STD))
     layer = Linear(weight.parameter, shape[0], weight.module.scale_weight)
-    x = torch.ones(2048, shape[1], dtype=torch.bfloat16)
+    x = torch.ones(1024, shape[1], dtype=torch.bfloat16)
     assert_law(measured_on(layer, [family(name, shape).adapter], x, "auto"))
