@@ -229,7 +229,7 @@ FILES: Mapping[str, FamilyFile] = {
     "diff": FamilyFile(diff, PASS, "2·o·i"),
     "oft-peft": FamilyFile(oft_peft(False), f"{PASS} + 2·t·i·r", "4·i·r"),
     "oft-peft-shared": FamilyFile(oft_peft(True), f"{PASS} + 2·t·i·r", "4·r·r"),
-    "boft-peft": FamilyFile(boft_peft, f"{PASS} + 2·n·t·i·r", "4·n·i·r + 16·s·i + 4·o"),
+    "boft-peft": FamilyFile(boft_peft, f"{PASS} + 2·n·t·i·r", "4·n·i·r + 16·s·i + 12·o"),
     "glora-tucker": FamilyFile(glora_tucker, GLORA, "20·r·i + 14·r·o + 16·r"),
 }
 """The names are those of `FAMILIES` in tests/families.py."""

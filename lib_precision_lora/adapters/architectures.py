@@ -67,9 +67,7 @@ _OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (label, re.compile(pattern))
     for label, pattern in (
         ("textual inversions, which are the WebUI's", r"bundle_emb\.|emb_params$|string_to_param"),
-        ("OneTrainer's OFT, which is not read yet", r".*\.oft_R\."),
         ("kohya's OFT for Flux, which is not read yet", r".*\.oft_blocks\.\d+$"),
-        ("PEFT's OFT or BOFT, which are not read yet", r".*\.(?:oft_r|boft_[RsP])\b"),
         ("Stable Cascade", r"lora_prior_"),
     )
 )

@@ -43,7 +43,7 @@ KEYS: Mapping[str, tuple[str, str | None]] = {
     "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight": ("text encoder T5", None),
     "bundle_emb.cat.clip_l": ("textual inversions", None),
     "emb_params": ("textual inversions", None),
-    "transformer.transformer_blocks.3.attn.to_q.oft_R.weight": ("OneTrainer's OFT", None),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": ("SD 1.5 or SDXL", UNET),
     "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0": ("kohya's OFT for Flux", None),
     "something.else": ("no layout", None),
 }

@@ -28,13 +28,15 @@ GIB = 2**30
 FLUX_PARAMETERS = 11_901_408_320
 
 
-def kohya(shapes: Shapes, rank: int, prefix: str = "lora_unet_") -> dict[str, tuple[str, tuple[int, ...]]]:
+def kohya(
+    shapes: Shapes, rank: int, prefix: str = "lora_unet_", stored: str = "BF16"
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if len(shape) == 2 and name.endswith(".weight") and "embedding" not in name:
             layer = prefix + name.removesuffix(".weight").replace(".", "_")
-            tensors[f"{layer}.lora_down.weight"] = ("BF16", (rank, shape[1]))
-            tensors[f"{layer}.lora_up.weight"] = ("BF16", (shape[0], rank))
+            tensors[f"{layer}.lora_down.weight"] = (stored, (rank, shape[1]))
+            tensors[f"{layer}.lora_up.weight"] = (stored, (shape[0], rank))
             tensors[f"{layer}.alpha"] = ("F32", ())
     return tensors
 
@@ -176,6 +178,25 @@ def test_storage_guidance_and_text_change_what_is_planned(
     assert report("--text-tokens", "512")["request"]["text_tokens"] == 512
     wide, narrow = (report("--compute", compute)["budget"]["factor_bytes"] for compute in ("auto", "fp16"))
     assert wide == narrow  # the file is in bf16: two bytes either way
+
+
+def test_what_files_of_two_types_take_more_together_is_told_apart(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_hole(files["lora"].with_name("fp16.safetensors"), kohya(flux(), 16, stored="F16"))
+    widened = "of it because LoRAs that share layers are fp32 together"
+    for compute, beside, more in (
+        ("auto", other, True),
+        ("auto", files["lora"], False),
+        ("fp16", other, False),
+    ):
+        arguments = [files["nf4"], files["lora"], beside, "--card", "24GiB", "--compute", compute]
+        _, report = plan(capsys, *arguments)
+        alone = sum(row["card_bytes"] for row in report["loras"])
+        factors = 2 * 2 * 16 * sum(sum(shape) for shape in flux().values() if len(shape) == 2)
+        assert report["budget"]["factor_bytes"] - alone == (factors if more else 0)
+        assert main(["plan", *map(str, arguments)]) == 0
+        assert (widened in capsys.readouterr().out) == more
 
 
 def test_a_lora_of_another_model_is_noted(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

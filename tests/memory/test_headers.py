@@ -82,6 +82,15 @@ def test_a_damaged_safetensors_file_is_refused_or_read_as_its_library_does(
     assert {name: tensor.shape for name, tensor in header.tensors.items()} == expected
 
 
+def assert_refused(path: Path, message: str) -> None:
+    """In one sentence that names the file."""
+    with pytest.raises(HeaderError) as caught:
+        read_header(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -115,11 +124,7 @@ def test_a_bad_safetensors_file_is_refused_in_one_sentence_that_names_it(
 ) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
-    with pytest.raises(HeaderError) as caught:
-        read_header(path)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert_refused(path, message)
 
 
 def test_what_is_no_file_is_said_to_be_none(tmp_path: Path) -> None:
@@ -235,11 +240,7 @@ def test_a_bad_gguf_file_is_refused_in_one_sentence_that_names_it(
 ) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    with pytest.raises(HeaderError) as caught:
-        read_header(path)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert_refused(path, message)
 
 
 @settings(max_examples=100, deadline=None)
