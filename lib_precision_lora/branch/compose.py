@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -171,10 +171,42 @@ def make_attachments(
             attachments[path] = site, branch
             if isinstance(branch, WeightBranch):
                 here = [weights[part] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
-                twice = paths[site.module] > 1 or any(id(part.parameter) in elsewhere for part, _ in here)
-                if merges(dense, site, branch, not twice):
+                if merges(dense, site, branch, _stands_alone(site, path, weights, paths, elsewhere)):
                     attachments[path] = site, make_merged(site.module, here, branch)
     return attachments
+
+
+def merged_modules(
+    model: nn.Module,
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    compute: Compute,
+    dense: DensePolicy,
+) -> frozenset[str]:
+    """The modules that `make_attachments` merges, of these effective weights or of sketches of them."""
+    if dense == "branch":
+        return frozenset()
+    elsewhere, paths = shared(model), _paths(weights)
+    sites = {name.rpartition(".")[0]: site for name, (site, _) in weights.items() if site.kind != "shadow"}
+    merged = set()
+    for path, site in sites.items():
+        branch = _make_branch(site, path, weights, compute)
+        if isinstance(branch, WeightBranch):
+            alone = _stands_alone(site, path, weights, paths, elsewhere)
+            if merges(dense, site, branch, alone):
+                merged.add(path)
+    return frozenset(merged)
+
+
+def _stands_alone(
+    site: Site,
+    path: str,
+    weights: Mapping[str, tuple[Site, EffectiveWeight]],
+    paths: Counter[nn.Module],
+    elsewhere: Collection[int],
+) -> bool:
+    """Whether the module and its patched parameters are at one place of the model alone."""
+    here = [weights[part][0] for part in (f"{path}.weight", f"{path}.bias") if part in weights]
+    return paths[site.module] <= 1 and not any(id(part.parameter) in elsewhere for part in here)
 
 
 def _paths(weights: Mapping[str, tuple[Site, EffectiveWeight]]) -> Counter[nn.Module]:

@@ -21,6 +21,7 @@ from lib_precision_lora.branch.compose import (
     effective_weights,
     make_attachments,
     memory_for,
+    merged_modules,
     out_of_memory,
     piece_bytes,
 )
@@ -117,17 +118,25 @@ class PatchSession:
                 attached.piece.release()
 
     def footprints(
-        self, patches: Sequence[Patch], compute: Compute, device: torch.device, dtype: torch.dtype
+        self,
+        patches: Sequence[Patch],
+        compute: Compute,
+        device: torch.device,
+        dtype: torch.dtype,
+        dense: DensePolicy = "branch",
     ) -> dict[str, Footprint]:
         """What each module's branch would take on this device, for activations of this type, by name.
 
-        Nothing is placed, attached, or read from the base. Raises `PatchError` as `apply_patches` does.
+        What is merged takes the place of the base, and nothing more. Nothing is placed, attached, or read
+        from the base. Raises `PatchError` as `apply_patches` does.
         """
         shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
         weights = effective_weights(model, patches, self._fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
-        return footprints(weights, product.half, operand_copies(product, device))
+        merged = merged_modules(model, weights, compute, dense)
+        beside = {name: each for name, each in weights.items() if name.rpartition(".")[0] not in merged}
+        return footprints(beside, product.half, operand_copies(product, device))
 
     def place(
         self, device: torch.device, dtype: torch.dtype, resident: Collection[str] | None = None

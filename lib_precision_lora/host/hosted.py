@@ -95,7 +95,8 @@ class HostedSession:
         signature = arithmetic, device, dtype, *_flat(host_patches)
         if self._sketched is None or self._sketched[0] != signature:
             ours, _ = self._divide(model, host_patches)
-            sketched = self._session.footprints(ours, arithmetic.compute, device, dtype)
+            dense = _policy(model, arithmetic)
+            sketched = self._session.footprints(ours, arithmetic.compute, device, dtype, dense)
             self._sketched = signature, sketched
         return self._sketched[1]
 
