@@ -126,7 +126,8 @@ class PatchSession:
     ) -> dict[str, Footprint]:
         """What each module's branch would take on this device, for activations of this type, by name.
 
-        Nothing is placed, attached, or read from the base. Raises `PatchError` as `apply_patches` does.
+        What is merged takes the place of the base, and nothing more. Nothing is placed, attached, or read
+        from the base. Raises `PatchError` as `apply_patches` does.
         """
         shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
