@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
@@ -21,7 +23,6 @@ from lib_precision_lora.branch.stack import low_rank
 from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32
 
-FP16 = 2
 INT64 = 8
 
 
@@ -156,18 +157,18 @@ class _Stack:
         self.half = half = arithmetic.half
         self.widens = arithmetic.widens
         self.blocks = up_blocks(steps, rows)
-        self.ups: list[tuple[int, int, bool]] = []  # rank or columns, bytes of one element, made anew
-        self.downs: list[tuple[int, int, bool]] = []
+        self.ups: list[tuple[int, torch.dtype, bool]] = []  # rows or columns, type, whether made anew
+        self.downs: list[tuple[int, torch.dtype, bool]] = []
         self.ranks: list[int] = []
         for step in low_rank(steps):
             assert isinstance(step.term, LowRank)
-            up_size = FP32 if step.row_change is not None else step.term.up.element_size()
-            down_size = FP32 if step.columns else step.term.down.element_size()
+            up_type = torch.float32 if step.row_change is not None else step.term.up.dtype
+            down_type = torch.float32 if step.columns else step.term.down.dtype
             up_new = half or step.row_change is not None or not step.term.up.is_contiguous()
             down_new = half or bool(step.columns)
             self.ranks.append(step.term.rank)
-            self.ups.append((step.stop - step.start, FP16 if half else up_size, up_new))
-            self.downs.append((step.term.down.shape[1], FP16 if half else down_size, down_new))
+            self.ups.append((step.stop - step.start, torch.float16 if half else up_type, up_new))
+            self.downs.append((step.term.down.shape[1], torch.float16 if half else down_type, down_new))
         self.rank = sum(self.ranks)
 
     def made(self) -> Iterator[int]:
@@ -175,7 +176,7 @@ class _Stack:
         if self.rank:
             yield from (self.rank * FP32, self.rank * FP32)  # exponents and scales
         if len(self.ranks) > 1:
-            yield self.rank * self.downs[0][0] * max(size for _, size, _ in self.downs)
+            yield self.rank * self.downs[0][0] * _element_bytes(self.downs)
         for block in self.blocks:
             numbers = [number for number, _, _ in block]
             if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -194,20 +195,27 @@ class _Stack:
             parts = [self.ups[number] for number, _, _ in block]
             rank = sum(self.ranks[number] for number, _, _ in block)
             new = len(block) > 1 or parts[0][2]
-            yield (stop - start) * rank * max(size for _, size, _ in parts), new
+            yield (stop - start) * rank * _element_bytes(parts), new
 
     def _single_down(self) -> Iterator[tuple[int, bool]]:
         if len(self.ranks) == 1:
-            columns, size, new = self.downs[0]
-            yield columns * self.rank * size, new
+            columns, dtype, new = self.downs[0]
+            yield columns * self.rank * dtype.itemsize, new
 
     def recast(self) -> int:
         """fp32 copies of the factors while they are multiplied: of one side at a time."""
         if self.half and not self.widens:
             return 0
-        sides = [side for side in (self.ups, self.downs) if any(size < FP32 for _, size, _ in side)]
+        sides = [
+            side for side in (self.ups, self.downs) if any(dtype.itemsize < FP32 for _, dtype, _ in side)
+        ]
         lengths = (zip(self.ranks, side, strict=True) for side in sides)
         return max((FP32 * sum(rank * each[0] for rank, each in side) for side in lengths), default=0)
+
+
+def _element_bytes(parts: Sequence[tuple[int, torch.dtype, bool]]) -> int:
+    """Of the type of factors side by side: fp16 beside bf16 makes fp32."""
+    return functools.reduce(torch.promote_types, (dtype for _, dtype, _ in parts)).itemsize
 
 
 def _others(weight: EffectiveWeight) -> Iterator[Tensor]:

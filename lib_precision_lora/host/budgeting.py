@@ -79,7 +79,6 @@ class Budgeting:
         positions = self.positions if self.positions and hasattr(patcher.model, "diffusion_model") else None
         on_cpu = host.is_device_cpu(device)
         sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
-        shared = sum(each.shared for each in footprints.values()) if on_cpu else 0
         workspace = max(
             (each.workspace_bytes(positions or TEXT_TOKENS) for each in footprints.values()), default=0
         )
@@ -87,7 +86,7 @@ class Budgeting:
         inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
         return plan_budget(
             base_bytes=0 if on_cpu else sum(int(host.module_size(each.model)) for each in models),
-            factor_bytes=max(0, sum(sizes.values()) - shared),
+            factor_bytes=sum(sizes.values()),
             workspace_bytes=workspace,
             inference_bytes=int(inference),
             margin_bytes=self._settings().margin_bytes,

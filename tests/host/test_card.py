@@ -46,8 +46,8 @@ def factor_bytes(rank: int) -> int:
 
 
 def workspace_bytes(rank: int) -> int:
-    """That of the convolution: for each position the patch of its input, the hidden state and its copies."""
-    return POSITIONS * 4 * (36 + 3 * rank + rank)
+    """The larger of a linear layer's input, hidden state and its copies, and a convolution's hidden states."""
+    return POSITIONS * 4 * max(8 + 3 * rank, 4 * rank)
 
 
 def streaming_bytes(rank: int) -> int:
