@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_precision_lora.memory.chunks import SINGLE_COPIES, Load, token_count
+from lib_precision_lora.memory.chunks import FP32, token_count
 
 KRONECKER = 16
 """LoKr's a."""
@@ -67,7 +67,7 @@ class Sizes:
             "m": stages,
             "n": input_stages,
             "s": input_stages - 1,
-            "c": -(-self.tokens // token_count(Load(o, i, 0, SINGLE_COPIES, whole=True).token_bytes())),
+            "c": -(-self.tokens // token_count(FP32 * (i + 2 * o))),  # `branch.chunks` of a Hadamard term
         }
 
     def value(self, formula: str) -> int:
