@@ -46,7 +46,7 @@ def factor_bytes(rank: int) -> int:
 
 
 def workspace_bytes(rank: int) -> int:
-    """The larger of a linear layer's input, hidden state and its copies, and a convolution's hidden states."""
+    """The larger of a linear layer's input and hidden states, and a convolution's hidden states."""
     return POSITIONS * 4 * max(8 + 3 * rank, 4 * rank)
 
 
