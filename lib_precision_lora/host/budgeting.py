@@ -45,7 +45,6 @@ class Budgeting:
         self._sessions = sessions
         self._session = session
         self._settings = settings
-        self.positions: int | None = None
 
     def footprints(self, patcher: Any, patches: Patches) -> Mapping[str, Footprint]:
         """What each branch takes; a file that does not fit the model, which is said when it is attached,
@@ -72,16 +71,15 @@ class Budgeting:
         models: Sequence[Any],
         required: float,
         kept: float,
+        positions: int | None,
     ) -> Plan:
         """models: all that the host is about to load; required, kept: its own `memory_required` and
-        `hard_memory_preservation`, bytes."""
+        `hard_memory_preservation`, bytes; positions: of the latent image, None where it is not known."""
         host, device = self._host, patcher.load_device
-        positions = self.positions if self.positions and hasattr(patcher.model, "diffusion_model") else None
+        tokens = positions if positions and hasattr(patcher.model, "diffusion_model") else TEXT_TOKENS
         on_cpu = host.is_device_cpu(device)
         sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
-        workspace = max(
-            (each.workspace_bytes(positions or TEXT_TOKENS) for each in footprints.values()), default=0
-        )
+        workspace = max((each.workspace_bytes(tokens) for each in footprints.values()), default=0)
         total = int(host.get_total_memory(device))
         inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
         return plan_budget(

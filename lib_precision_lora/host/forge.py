@@ -121,7 +121,14 @@ class ForgeBinding:
         )
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         self.memory = MemoryPlanner(
-            memory_management, self._sessions, self._session, self.settings, self.notices
+            memory_management,
+            self._sessions,
+            self._session,
+            self.settings,
+            self.notices,
+            lambda: [
+                each for each in patchers_of(sd_models.model_data.get_sd_model()) if self._follows(each)
+            ],
         )
         files = LoraFiles(
             lambda path: utils.load_torch_file(path, safe_load=True), lambda: self.settings().cache_bytes
@@ -333,8 +340,17 @@ class ForgeBinding:
             self._stop_if_set()
             settings = self.settings()
             versions = self.loader.versions if settings.enabled else ()
-            ours = (settings.arithmetic, versions, self._failures) if versions else ()
+            refused = tuple(self.memory.refused()) if versions else ()
+            ours = (settings.arithmetic, versions, self._failures, refused) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)
             return (*host_params(processing, *args, **kwargs), ours, overridden)
 
         return cached_params
+
+
+def patchers_of(engine: Any) -> list[Any]:
+    """The patchers of a checkpoint's model and text encoder."""
+    objects = getattr(engine, "forge_objects", None)
+    if objects is None:
+        return []
+    return [objects.unet, *([] if objects.clip is None else [objects.clip.patcher])]

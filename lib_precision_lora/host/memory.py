@@ -71,6 +71,7 @@ class MemoryPlanner:
         session: Callable[[nn.Module], HostedSession],
         settings: Callable[[], Settings],
         notices: Notices,
+        checkpoint: Callable[[], Sequence[Any]] = tuple,
     ) -> None:
         self._host = memory_management
         self._session = session
@@ -78,11 +79,13 @@ class MemoryPlanner:
         self._budgeting = Budgeting(memory_management, sessions, session, settings)
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._checkpoint = checkpoint
+        self._positions: int | None = None
         self._seconds = 0.0
 
     def image(self, positions: int | None) -> None:
         """How many positions the latent image has that is sampled now; None: no longer."""
-        self._budgeting.positions = positions
+        self._positions = positions
 
     def left_out(self, model: nn.Module) -> frozenset[str]:
         """The sources that do not fit on the card."""
@@ -169,32 +172,62 @@ class MemoryPlanner:
             self._seconds,
         )
 
+    def refused(self) -> Mapping[str, Plan]:
+        """The files of the present prompt that do not fit on the card with one of the checkpoint's models,
+        however small the image; such a file is left out of all of them."""
+        found: dict[str, Plan] = {}
+        try:
+            for patcher in self._checkpoint():
+                found |= self._choose(patcher, patcher.lora_patches, [patcher], 0, 0, 1)[1]
+        except Exception:
+            logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
+        return found
+
     def _plan(self, patcher: Any, models: Sequence[Any], required: float, kept: float) -> ModelPlan:
         """The plan with every file, or with each that fits beside those before it."""
+        sources = {source_of(key) for key in patcher.lora_patches}
+        together = any(each.model is patcher.model for each in self._checkpoint())
+        elsewhere = self.refused() if together else {}
+        patches = without(patcher.lora_patches, set(elsewhere))
+        decided, refused = self._choose(patcher, patches, models, required, kept, self._positions)
+        for source, plan in {**refused, **elsewhere}.items():
+            if source in sources:
+                self._refuse(source, plan)
+        return ModelPlan(decided.plan, decided.resident, frozenset({*refused, *elsewhere} & sources))
+
+    def _choose(
+        self,
+        patcher: Any,
+        patches: Patches,
+        models: Sequence[Any],
+        required: float,
+        kept: float,
+        positions: int | None,
+    ) -> tuple[ModelPlan, dict[str, Plan]]:
+        """The plan with as many of these files as fit, and of each other one the plan that was refused."""
 
         def decide(patches: Patches) -> ModelPlan:
             footprints = self._budgeting.footprints(patcher, patches)
-            plan = self._budgeting.budget(patcher, footprints, models, required, kept)
+            plan = self._budgeting.budget(patcher, footprints, models, required, kept, positions)
             resident = None
             if plan.placement == "streamed":
                 sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
                 resident = choose_resident(sizes, plan.resident_bytes)
             return ModelPlan(plan, resident, frozenset())
 
-        every = decide(patcher.lora_patches)
+        every = decide(patches)
         if every.plan.placement != "refused":
-            return every
-        sources = dict.fromkeys(source_of(key) for key in patcher.lora_patches)
-        left_out = set(sources)
-        decided = decide({})
+            return every, {}
+        sources = dict.fromkeys(source_of(key) for key in patches)
+        left_out, refused, decided = set(sources), {}, decide({})
         for source in sources:
-            trial = decide(without(patcher.lora_patches, left_out - {source}))
+            trial = decide(without(patches, left_out - {source}))
             if trial.plan.placement == "refused":
-                self._refuse(source, trial.plan)
+                refused[source] = trial.plan
             else:
                 left_out.remove(source)
                 decided = trial
-        return ModelPlan(decided.plan, decided.resident, frozenset(left_out))
+        return decided, refused
 
     def _reserve(self, patcher: Any) -> int:
         """What is to be kept free for this model beyond what its factors hold already."""

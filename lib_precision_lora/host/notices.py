@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger("lib_precision_lora")
 
 INFOTEXT_SKIPPED = "Precision LoRA skipped"
+
+
+_ENDING = re.compile(r"\.(safetensors|ckpt|pt|bin)(?= \(\d+\)$|$)")
 
 
 def tell(p: Any, message: str) -> None:
@@ -20,6 +25,11 @@ def tell(p: Any, message: str) -> None:
     if message not in p.comments:
         logger.warning("%s", message)
         p.comment(message)
+
+
+def name_of(source: str) -> str:
+    """A file's name as prompts have it: people share the infotext of images, not where their files are."""
+    return _ENDING.sub("", os.path.basename(source)) if os.path.isabs(source) else source
 
 
 class GenerationStopped(RuntimeError):
@@ -47,8 +57,11 @@ class Notices:
         self._shown.clear()
 
     def problem(self, source: str, message: str) -> None:
-        """A file that was left out. source: its name; message: a sentence with the reason, logged once."""
+        """A file that was left out. source: its name or path, of which the name is shown; message: a
+        sentence with the reason, logged once."""
         self._forget_former_generations()
+        name = name_of(source)
+        message, source = message.replace(source, name), name
         if message not in self._problems:
             logger.warning("%s", message)
             self._problems[message] = source

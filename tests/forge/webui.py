@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -86,15 +87,23 @@ class WebUI:
 
     root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
     models folder; extension: whether Precision LoRA is there, as a link to this repository; credentials:
-    "user:password" that its API asks for, which this client gives.
+    "user:password" that its API asks for, which this client gives; others: further extensions, by name.
     """
 
     def __init__(
-        self, root: Path, data: Path, models: Path, extension: bool, credentials: str | None = None
+        self,
+        root: Path,
+        data: Path,
+        models: Path,
+        extension: bool,
+        credentials: str | None = None,
+        others: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         (data / "extensions").mkdir(parents=True)
         if extension:
             (data / "extensions/precision-lora").symlink_to(REPOSITORY, target_is_directory=True)
+        for name, folder in others.items():
+            (data / "extensions" / name).symlink_to(folder, target_is_directory=True)
         self.url = f"http://127.0.0.1:{_free_port()}"
         self._log = data / "server.log"
         self._config = data / "config.json"

@@ -261,7 +261,8 @@ def test_a_card_that_is_too_small_is_said_before_anything_moves(
     assert card.factors() == 0
     (comment,) = image.comments
     assert re.search(r"huge.* does not fit on the card.*\d+ MB are needed.*What helps: .+; .+", comment)
-    assert "huge" in str(image.parameters["Precision LoRA skipped"])
+    assert image.parameters["Precision LoRA skipped"] == "huge"
+    assert str(host.lora_dir) not in comment
     assert plain(generate(host, "a cat"), checkpoint)
     image = generate(host, prompt("a cat", small))
     assert distance(image, exact_output(checkpoint, "a cat", [small])) < EXACT
@@ -390,3 +391,25 @@ def test_factors_leave_the_card_with_the_model_and_come_back_with_it(
     again = generate(host, prompt("a cat", active))
     assert torch.equal(again.values, first.values)
     assert card.factors() >= factor_bytes(8)
+
+
+def test_a_file_that_does_not_fit_beside_one_model_is_left_out_of_the_other_too(
+    host: Host, card: Card, checkpoint: Checkpoint
+) -> None:
+    """Also where the text encoder's part fits, or was computed when there was still room."""
+    huge = Active(file_of(host, "huge", 512, tuple(LAYERS)))
+    card.total = PLENTY
+    with_it = generate(host, prompt("a cat", huge))
+    assert distance(with_it, exact_output(checkpoint, "a cat", [huge])) < EXACT
+    host.memory.unload_all_models()
+    card.total = INFERENCE + least_bytes(512) - 512
+    card.inference = 0
+    for _ in range(2):
+        card.total = least_bytes(512) - 512
+        image = generate(host, prompt("a cat", huge))
+        assert plain(image, checkpoint)
+        assert len(image.comments) == 1
+        card.total = PLENTY
+        again = generate(host, prompt("a cat", huge))
+        assert distance(again, exact_output(checkpoint, "a cat", [huge])) < EXACT
+        host.memory.unload_all_models()

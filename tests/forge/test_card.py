@@ -1,0 +1,137 @@
+"""The whole way through a running Forge that believes in a card, at three sizes of it.
+
+What cards of 12, 6 and 2 GiB are for Flux is scaled to the small checkpoint: the first has room for
+everything, the second for the checkpoint and a part of the LoRA's factors, the third not even for two layers
+of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib_precision_lora.ui.settings import BESIDE
+from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
+from tests.forge.real_forge import HOW_TO_RUN
+from tests.forge.webui import Generation, WebUI
+
+MIB = 2**20
+INFERENCE = 64 * MIB
+PLENTY = 4096 * MIB
+PLANNED = re.compile(
+    r"LoRAs on (\w+): (\d+) MB planned \((\d+) MB of factors on the card, (\d+) MB streamed from RAM, "
+    r"(\d+) MB workspace\); (\d+) MB of factors stand on the card"
+)
+UNET = "IntegratedUNet2DConditionModel"
+SKIPPED = "Precision LoRA skipped: "
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One checkpoint, a large LoRA and a small one; removed at the end."""
+    root = os.environ.get("FORGE_ROOT")
+    if not root:
+        pytest.skip(HOW_TO_RUN)
+    folder = tmp_path_factory.mktemp("card-models")
+    checkpoint = folder / "Stable-diffusion/small.safetensors"
+    make_checkpoint(Path(root).resolve(), checkpoint)
+    save_lora(folder / "Lora/large.safetensors", make_lora(checkpoint, rank=128, seed=1))
+    save_lora(folder / "Lora/little.safetensors", make_lora(checkpoint, rank=2, seed=2))
+    yield folder
+    shutil.rmtree(folder)
+
+
+class Card:
+    """The server's card; resizing it takes everything off it first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "card.json"
+        self.resize(PLENTY)
+
+    def resize(self, total: int) -> None:
+        self._file.write_text(json.dumps({"total": total, "inference": INFERENCE}))
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WebUI, Card]]:
+    folder = tmp_path_factory.mktemp("card") / "scripts"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("simulated_card.py"), folder)
+    card = Card(folder)
+    root = Path(os.environ["FORGE_ROOT"]).resolve()
+    data = tmp_path_factory.mktemp("card-server") / "data"
+    with WebUI(root, data, models, extension=True, others={"a-simulated-card": folder.parent}) as webui:
+        webui.wait_until_ready()
+        yield webui, card
+
+
+def generate(webui: WebUI, prompt: str) -> tuple[Generation, str]:
+    """An image, and what the log says meanwhile. All models leave the card first."""
+    webui.post("unload-checkpoint", {})
+    position = webui.log_position()
+    image = webui.generate(prompt)
+    return image, webui.log(position)
+
+
+def planned(log: str) -> tuple[int, ...]:
+    """MB planned, of factors on the card, streamed, of workspace; then those that stand on the card."""
+    (found,) = [match.groups() for match in PLANNED.finditer(log) if match[1] == UNET]
+    return tuple(int(number) for number in found[1:])
+
+
+@pytest.fixture
+def beside(server: tuple[WebUI, Card]) -> Iterator[None]:
+    """No layer of the fp32 checkpoint is merged, so that its LoRAs are planned as on low-bit ones."""
+    with server[0].options(precision_lora_dense=BESIDE):
+        yield
+
+
+@pytest.mark.usefixtures("beside")
+def test_every_size_of_card_makes_the_same_image_or_says_why_not(server: tuple[WebUI, Card]) -> None:
+    webui, card = server
+    base, log = generate(webui, "a cat")
+    assert not PLANNED.search(log)
+    (required,) = re.findall(r"Target: KModel, .*?Model Require: ([\d.]+) MB", log)
+    model = int(float(required) * MIB) + MIB
+
+    resident, log = generate(webui, "a cat <lora:large:1>")
+    total, factors, streamed, workspace, standing = planned(log)
+    assert resident.difference(base) > 20
+    assert total == pytest.approx(factors + workspace, abs=2)
+    assert (streamed, standing) == (0, factors)
+    assert factors > 16
+
+    card.resize(INFERENCE + model + (workspace + factors // 2) * MIB)
+    image, log = generate(webui, "a cat <lora:large:1>")
+    total, here, streamed, _, standing = planned(log)
+    assert image.same_pixels(resident)
+    assert 0 < here < factors
+    assert here + streamed == pytest.approx(factors, abs=2)
+    assert standing <= here
+    assert SKIPPED not in image.infotext
+
+    card.resize(INFERENCE)
+    image, log = generate(webui, "a cat <lora:large:1>")
+    assert image.same_pixels(base)
+    assert re.search(SKIPPED + '"?large', image.infotext), image.infotext
+    assert re.search(r"large does not fit on the card.*\d+ MB are needed.*What helps: ", log)
+    assert not PLANNED.search(log)
+
+    image, log = generate(webui, "a cat")
+    assert image.same_pixels(base)
+    assert SKIPPED not in image.infotext
+    card.resize(INFERENCE + model + 24 * MIB)
+    image, log = generate(webui, "a cat <lora:little:1>")
+    assert SKIPPED not in image.infotext
+    assert image.difference(base) > 0
+    sizes = [
+        float(size) for size in re.findall(r"(?:Trying to free|Inference Require:) ([\d.]+) MB", webui.log())
+    ]
+    assert sizes
+    assert max(sizes) <= PLENTY / MIB
