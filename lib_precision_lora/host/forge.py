@@ -119,13 +119,14 @@ class ForgeBinding:
         self.notices = Notices(
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
+        self.record = Record()
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         self.memory = MemoryPlanner(
             memory_management,
             self._sessions,
             self._session,
             self.settings,
-            self.notices,
+            self._left_out,
             lambda: [
                 each for each in patchers_of(sd_models.model_data.get_sd_model()) if self._follows(each)
             ],
@@ -133,7 +134,6 @@ class ForgeBinding:
         files = LoraFiles(
             lambda path: utils.load_torch_file(path, safe_load=True), lambda: self.settings().cache_bytes
         )
-        self.record = Record()
         self.loader = NetworkLoader(files, self.notices, self.record)
         self._replacements = [
             Replacement(lora.LoraLoader, "refresh", self._make_refresh),
@@ -229,10 +229,14 @@ class ForgeBinding:
             record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
             for problem in problems:
                 self._failures += 1
-                record.problem(problem.source, f"A LoRA was left out: {problem}")
-                self.notices.problem(problem.source or "all", f"A LoRA was left out: {problem}")
+                self._left_out(problem.source, f"A LoRA was left out: {problem}")
 
         return refresh
+
+    def _left_out(self, source: str | None, message: str) -> None:
+        """Tell page, log and report; source: the file as the host's patchers know it, None: all."""
+        self.record.present.problem(source, message)
+        self.notices.problem(source or "all", message)
 
     def _session(self, model: nn.Module) -> HostedSession:
         if model not in self._sessions:

@@ -18,7 +18,6 @@ from torch import nn
 from lib_precision_lora.branch import PatchMemoryError
 from lib_precision_lora.host.budgeting import Budgeting, Patches, activation_type, without
 from lib_precision_lora.host.hosted import HostedSession, source_of
-from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -61,7 +60,8 @@ class MemoryPlanner:
     """Plans the memory of every model with LoRAs, at each call of the host's `load_models_gpu`.
 
     memory_management: the host's module; sessions: those that there are, by model; session: the one of a
-    model, made where missing.
+    model, made where missing; settings: as they are now; tell: given a source that is left out, and why;
+    checkpoint: the patchers of the one that is loaded.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class MemoryPlanner:
         sessions: Mapping[nn.Module, HostedSession],
         session: Callable[[nn.Module], HostedSession],
         settings: Callable[[], Settings],
-        notices: Notices,
+        tell: Callable[[str, str], None],
         checkpoint: Callable[[], Sequence[Any]] = tuple,
     ) -> None:
         self._host = memory_management
         self._session = session
-        self._notices = notices
+        self._tell = tell
         self._budgeting = Budgeting(memory_management, sessions, session, settings)
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -258,7 +258,7 @@ class MemoryPlanner:
         host.soft_empty_cache()
 
     def _refuse(self, source: str, plan: Plan) -> None:
-        self._notices.problem(
+        self._tell(
             source,
             f"A LoRA was left out: {source} does not fit on the card beside those before it: "
             f"{megabytes(plan.peak_bytes)} MB are needed even when it is streamed from RAM. What helps: "
@@ -270,7 +270,7 @@ class MemoryPlanner:
         sources = frozenset(source_of(key) for key in patcher.lora_patches)
         self._plans[patcher.model] = ModelPlan(decided.plan, decided.resident, sources)
         for source in sorted(sources):
-            self._notices.problem(source, f"A LoRA was left out: {source}: {error}")
+            self._tell(source, f"A LoRA was left out: {source}: {error}")
         patcher.refresh_loras()
 
     def _log(self, patcher: Any, decided: ModelPlan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from lib_precision_lora.host import binding, install, uninstall
 from lib_precision_lora.host import memory as planning
+from lib_precision_lora.host.generations import Generations
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.host.settings import register_settings
 from lib_precision_lora.memory.meter import ByteMeter
@@ -413,3 +415,20 @@ def test_a_file_that_does_not_fit_beside_one_model_is_left_out_of_the_other_too(
         again = generate(host, prompt("a cat", huge))
         assert distance(again, exact_output(checkpoint, "a cat", [huge])) < EXACT
         host.memory.unload_all_models()
+
+
+def test_the_report_of_a_generation_knows_what_did_not_fit(
+    host: Host, card: Card, checkpoint: Checkpoint
+) -> None:
+    huge, small = Active(file_of(host, "huge", 512)), Active(file_of(host, "small", 4))
+    card.inference, card.total = 0, least_bytes(512) - 512
+    generations, p = Generations(), SimpleNamespace()
+    generations.begin(p)
+    generate(host, prompt("a cat", small, huge))
+    report = generations.end(p, "Automatic")
+    assert report is not None
+    assert [file.name for file in report.applied] == ["small"]
+    (left_out,) = report.left_out
+    assert left_out.name == "huge"
+    assert "does not fit on the card" in str(left_out.problem)
+    assert str(host.lora_dir) not in str(left_out.problem)
