@@ -19,9 +19,6 @@ from lib_precision_lora.host.contract import Requirement
 from lib_precision_lora.host.low_bits import OPTION, low_bits_options, objection
 from lib_precision_lora.host.notices import tell
 from lib_precision_lora.host.override import (
-    AS_SET,
-    OURS,
-    STOCK_ONLINE,
     Generation,
     Override,
     generations,
@@ -30,6 +27,7 @@ from lib_precision_lora.host.override import (
 )
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.settings import COMPUTE_MODES, Settings
+from lib_precision_lora.ui.choices import AS_SET, OURS, STOCK_ONLINE
 
 logger = logging.getLogger("lib_precision_lora")
 

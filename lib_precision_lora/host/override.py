@@ -11,12 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from lib_precision_lora.host.low_bits import low_bits_options
 from lib_precision_lora.host.notices import tell
-from lib_precision_lora.host.settings import COMPUTE_MODES
-
-AS_SET = "as set above"
-OURS, STOCK_MERGE, STOCK_ONLINE = "Precision LoRA", "stock Forge merge", "stock Forge (fp16 LoRA)"
-COMPUTE_CHOICES = (AS_SET, *COMPUTE_MODES)
-PATCHER_CHOICES = (OURS, STOCK_MERGE, STOCK_ONLINE)
+from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS
 
 Value = TypeVar("Value")
 
@@ -102,7 +97,7 @@ def offered(p: Any, override: Override) -> Override:
     for name, title, choices in (
         ("low_bits", "Diffusion in Low Bits", low_bits_choices()),
         ("compute", "Compute mode", COMPUTE_CHOICES),
-        ("patcher", "LoRAs by", PATCHER_CHOICES),
+        ("patcher", "LoRAs by", PATCHERS),
     ):
         value = getattr(override, name)
         if value not in choices:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host.override import AS_SET, Override, in_effect, low_bits_choices
+from lib_precision_lora.host.override import Override, in_effect, low_bits_choices
+from lib_precision_lora.ui.choices import AS_SET
 from tests.host.headers import NF4, SCALED, write_header
 from tests.host.jobs import (
     E4M3,
