@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lib_precision_lora.adapters import Target
 from lib_precision_lora.adapters.architectures import FLUX, SD3, UNET, model_of
-from lib_precision_lora.branch.compose import Reordered, effective_weights
+from lib_precision_lora.branch.compose import effective_weights
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.patch import Patch
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
@@ -61,7 +62,7 @@ class Subject:
         """What our branches of these patches add, in float64, by parameter."""
         patches = match.text_encoder if self.is_encoder else match.unet
         ours = [Patch("test", Target.parse(key), value.adapter, 1.0) for key, value in patches.items()]
-        weights = effective_weights(self.tiny.model, ours, Reordered())
+        weights = effective_weights(self.tiny.model, ours, FittedAdapters())
         return {name: effective.delta(torch.float64) for name, (_, effective) in weights.items()}
 
 
