@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
 from lib_precision_lora.branch.wide_input import WideInput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +131,9 @@ class WeightBranch:
             except torch.cuda.OutOfMemoryError:
                 if self.spare is None or self.stream is not None:
                     raise
+                logger.warning(
+                    "no memory on %s for the factors of a layer, they are streamed from RAM", device
+                )
                 self.stream = self.spare
                 self._operands = self._make(product, device)
             self._made_for = made_for
@@ -159,6 +165,8 @@ class WeightBranch:
     def release(self) -> None:
         """Let go of everything that was made for a device."""
         self._stack = self._operands = self._made_for = self._copies = None
+        if self.wide_input is not None:
+            self.wide_input.drop()
         if self.bias is not None:
             self.bias.release()
 

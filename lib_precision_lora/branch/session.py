@@ -83,6 +83,7 @@ class PatchSession:
         self, patches: Sequence[Patch], compute: Compute = "auto", dense: DensePolicy = "branch"
     ) -> None:
         """`apply`, for patches whose parameters are resolved already."""
+        self._stream.forget()
         undo: Undo = []
         before = dict(self._attached)
         try:
@@ -103,6 +104,7 @@ class PatchSession:
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""
+        self._stream.forget()
         _detach(self._attached, list(self._attached))
 
     def clear_merged(self) -> None:
@@ -146,17 +148,18 @@ class PatchSession:
         then holds no factors at all.
         """
         device = torch.empty(0, device=device).device  # with the index that inputs have
-        for name, attached in self._attached.items():
-            piece = attached.piece
-            if not isinstance(piece, WeightBranch) or not piece.placeable:
-                continue
-            piece.spare = self._stream
-            piece.reside(None if resident is None or name in resident else self._stream)
+        pieces = [(name, here.piece) for name, here in self._attached.items()]
+        branches = [(name, p) for name, p in pieces if isinstance(p, WeightBranch) and p.placeable]
+        for name, branch in branches:
+            branch.spare = None  # here the whole set falls back, by the caller, or none of it
+            branch.reside(None if resident is None or name in resident else self._stream)
             try:
-                piece.ready(device, dtype)
+                branch.ready(device, dtype)
             except torch.cuda.OutOfMemoryError as error:
                 self.release()
-                raise out_of_memory(name, piece.factor_bytes, error) from error
+                raise out_of_memory(name, branch.factor_bytes, error) from error
+        for _, branch in branches:
+            branch.spare = self._stream
 
     @property
     def streamed(self) -> tuple[str, ...]:

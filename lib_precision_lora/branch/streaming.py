@@ -25,10 +25,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
-    """Operands under way to a device; copied: the moment from which they are there (None: now)."""
+    """Operands under way to a device; source: what they are copied from; copied: the moment from which they
+    are there (None: now)."""
 
     owner: weakref.ref[Any]
     device: torch.device
+    source: Any
     operands: Any
     copied: torch.cuda.Event | None
 
@@ -40,6 +42,7 @@ class FactorStream:
         self._order: list[weakref.ref[Any]] = []
         self._position: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._ahead: Arrival | None = None
+        self._used: list[Any] = []  # those at work, and those before them until the next copy sets out
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
 
     def bring(self, owner: Any, operands: Value, device: torch.device) -> Value:
@@ -49,8 +52,8 @@ class FactorStream:
         it. On a device without streams the copy is made when it is needed.
         """
         arrival, self._ahead = self._ahead, None
-        if arrival is None or arrival.owner() is not owner or arrival.device != device:
-            arrival = None  # lets go of it before the next copy is made
+        if arrival is None or arrival.source is not operands or arrival.device != device:
+            arrival = None  # lets go of what is not wanted, or no longer up to date
             arrival = self._depart(owner, operands, device)
         here: Value = self._receive(arrival)
         following = self._following(owner)
@@ -61,7 +64,10 @@ class FactorStream:
 
     def forget(self) -> None:
         """Drop what is under way, and the order."""
+        for device, side in self._sides.items():
+            side.wait_stream(torch.cuda.current_stream(device))
         self._ahead = None
+        self._used.clear()
         self._order.clear()
         self._position.clear()
 
@@ -75,19 +81,20 @@ class FactorStream:
 
     def _depart(self, owner: Any, operands: Any, device: torch.device) -> Arrival:
         if device.type != "cuda":
-            return Arrival(weakref.ref(owner), device, copied_to(operands, device), None)
+            return Arrival(weakref.ref(owner), device, operands, copied_to(operands, device), None)
         if device not in self._sides:
             self._sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side = self._sides[device]
+        side.wait_stream(torch.cuda.current_stream(device))
+        del self._used[:-1]  # their memory is the side stream's, which now follows all that has read it
         with torch.cuda.stream(side):
             copy = copied_to(operands, device, non_blocking=True)
-        return Arrival(weakref.ref(owner), device, copy, side.record_event())
+        return Arrival(weakref.ref(owner), device, operands, copy, side.record_event())
 
     def _receive(self, arrival: Arrival) -> Any:
         if arrival.copied is not None:
-            stream = torch.cuda.current_stream(arrival.device)
-            stream.wait_event(arrival.copied)
-            map_tensors(arrival.operands, lambda tensor: _in_use_by(tensor, stream))
+            torch.cuda.current_stream(arrival.device).wait_event(arrival.copied)
+            self._used.append(arrival.operands)
         return arrival.operands
 
 
@@ -135,9 +142,3 @@ def map_tensors(value: Value, change: Callable[[Tensor], Tensor]) -> Value:
 
 def _pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()
-
-
-def _in_use_by(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    """Keep the tensor's memory from the stream that made it until this stream has passed this point."""
-    tensor.record_stream(stream)
-    return tensor

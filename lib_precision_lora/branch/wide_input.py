@@ -58,6 +58,10 @@ class WideInput:
         assert given is not None
         return given
 
+    def drop(self) -> None:
+        """Let go of the input of a forward that failed."""
+        self._given = None
+
     def own_part(self, x: Tensor) -> Tensor:
         """The module's own channels, as a view."""
         return x.narrow(self.axis, 0, min(self.own, x.shape[self.axis]))

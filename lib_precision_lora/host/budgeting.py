@@ -82,8 +82,10 @@ class Budgeting:
         workspace = max((each.workspace_bytes(tokens) for each in footprints.values()), default=0)
         total = int(host.get_total_memory(device))
         inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
+        if on_cpu:  # whose memory is not divided between a card and RAM
+            return Plan("resident", sum(sizes.values()) + workspace, 0, sum(sizes.values()), 0, 0)
         return plan_budget(
-            base_bytes=0 if on_cpu else sum(int(host.module_size(each.model)) for each in models),
+            base_bytes=sum(int(host.module_size(each.model)) for each in models),
             factor_bytes=sum(sizes.values()),
             workspace_bytes=workspace,
             inference_bytes=int(inference),
@@ -91,7 +93,7 @@ class Budgeting:
             free_bytes=min(total, self._free_without_models(device)),
             total_bytes=total,
             streaming_bytes=streaming_bytes(sizes),
-            stream_all=self._settings().stream_all and not on_cpu,
+            stream_all=self._settings().stream_all,
         )
 
     def at_most_the_card(self, size: float, device: Any) -> float:

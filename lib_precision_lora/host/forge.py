@@ -116,6 +116,7 @@ class ForgeBinding:
         self._memory_management = memory_management
         self._host_refresh = lora.LoraLoader.refresh
         self._failures = 0  # conditioning that was computed with one before it is not used after it
+        self._failed: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
         self.notices = Notices(
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
@@ -160,7 +161,10 @@ class ForgeBinding:
     @property
     def memory_report(self) -> MemoryReport | None:
         """LoRA factors on the card: as planned, and as they stand there now."""
-        return self.memory.report(list(self._sessions))
+        from modules import sd_models
+
+        engine = sd_models.model_data.get_sd_model()
+        return self.memory.report([patcher.model for patcher in patchers_of(engine)])
 
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
@@ -210,7 +214,6 @@ class ForgeBinding:
             session = self._session(model)
             left_out = self.memory.left_out(model)
             if left_out:
-                self._failures += 1
                 fitting = (key for key in lora_patches if source_of(key) not in left_out)
                 lora_patches = {key: lora_patches[key] for key in fitting}
 
@@ -227,8 +230,11 @@ class ForgeBinding:
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
             record = self.record.present
             record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
-            for problem in problems:
+            failed = left_out | {str(problem.source) for problem in problems}
+            if failed != self._failed.get(model, frozenset()):
+                self._failed[model] = failed
                 self._failures += 1
+            for problem in problems:
                 self._left_out(problem.source, f"A LoRA was left out: {problem}")
 
         return refresh

@@ -139,7 +139,7 @@ def log_report(report: GenerationReport) -> None:
     if report.patcher == "WebUI" or not report.files:
         return
     memory = "".join(
-        f", {mebibytes(nbytes)} of extra memory {name}"
+        f", {mebibytes(nbytes)} of LoRA factors on the card {name}"
         for name, nbytes in (("predicted", report.planned_bytes), ("measured", report.measured_bytes))
         if nbytes is not None
     )

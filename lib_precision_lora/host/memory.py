@@ -29,6 +29,9 @@ logger = logging.getLogger("lib_precision_lora")
 WORTH_A_MOVE = 256 * 2**20
 """How much less a patch set has to ask for, before a model that lies in RAM in part is placed anew."""
 
+A_LITTLE_MORE = 1.02
+"""How much more a patch set may ask for than before, since free memory is never quite the same."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelPlan:
@@ -47,7 +50,7 @@ UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
     """planned_bytes: the largest use beyond the same generation without LoRAs, over the models;
-    factor_bytes: of these, factors on the card; measured_bytes: factors that stand there now."""
+    factor_bytes: of these, factors on the card; measured_bytes: factors that stood there when placed."""
 
     planned_bytes: int
     factor_bytes: int
@@ -81,6 +84,8 @@ class MemoryPlanner:
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._checkpoint = checkpoint
         self._positions: int | None = None
+        self._granted_for: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+        self._measured: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._seconds = 0.0
 
     def image(self, positions: int | None) -> None:
@@ -93,8 +98,8 @@ class MemoryPlanner:
         return frozenset() if plan is None else plan.left_out
 
     def forget(self, model: nn.Module) -> None:
-        self._plans.pop(model, None)
-        self._granted.pop(model, None)
+        for kept in (self._plans, self._granted, self._granted_for, self._measured):
+            kept.pop(model, None)
 
     def prepare(self, patchers: Sequence[Any], models: Sequence[Any], required: float, kept: float) -> int:
         """Plan these patchers, with everything that is to be loaded with them; bytes to ask the host for.
@@ -102,6 +107,8 @@ class MemoryPlanner:
         models: all that the host is about to load; required, kept: its own `memory_required` and
         `hard_memory_preservation`.
         """
+        if not patchers:
+            return 0
         start = time.perf_counter()
         reserve = 0
         try:
@@ -133,6 +140,7 @@ class MemoryPlanner:
                 logger.warning("%s; trying once more with factors streamed from RAM", error)
                 session.place(device, dtype, frozenset())
             self._seconds += time.perf_counter() - start
+            self._measured[model] = session.placed_bytes
             self._log(patcher, decided)
         except PatchMemoryError as error:
             self._leave_out_all(patcher, decided, error)
@@ -167,7 +175,7 @@ class MemoryPlanner:
             sum(plan.resident_bytes for _, plan in plans)
             + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
             sum(plan.resident_bytes for _, plan in plans),
-            sum(self._budgeting.placed(model) for model, _ in plans),
+            sum(self._measured.get(model, 0) for model, _ in plans),
             "streamed" if "streamed" in placements else "resident",
             self._seconds,
         )
@@ -239,16 +247,21 @@ class MemoryPlanner:
         host, device, model = self._host, patcher.load_device, patcher.model
         here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
         granted, wanted = self._granted.get(model, 0), self._plans[model].plan.reserve_bytes
+        files = frozenset(source_of(key) for key in patcher.lora_patches)
+        same_files = self._granted_for.get(model) == files
+        self._granted_for[model] = files
         if not here or host.is_device_cpu(device):
             self._granted[model] = wanted
             return
-        if wanted > granted:
+        if wanted > granted * A_LITTLE_MORE:
             self._granted[model] = wanted
             keep = [each for each in host.current_loaded_models if any(each.model is m for m in models)]
             host.free_memory(needed, device, [*keep, *here])
             if host.get_free_memory(device) >= needed:
                 return
-        elif granted - wanted < WORTH_A_MOVE or not any(each.model_accelerated for each in here):
+        elif (
+            same_files or granted - wanted < WORTH_A_MOVE or not any(each.model_accelerated for each in here)
+        ):
             return
         self._granted[model] = wanted
         logger.info("the model is placed anew, with %d MB kept free for LoRAs", megabytes(wanted))
@@ -271,7 +284,12 @@ class MemoryPlanner:
         self._plans[patcher.model] = ModelPlan(decided.plan, decided.resident, sources)
         for source in sorted(sources):
             self._tell(source, f"A LoRA was left out: {source}: {error}")
-        patcher.refresh_loras()
+        try:
+            patcher.refresh_loras()
+        except Exception:
+            logger.exception(
+                "taking off LoRAs that do not fit failed; please report it with the console's log"
+            )
 
     def _log(self, patcher: Any, decided: ModelPlan) -> None:
         plan, session = decided.plan, self._session(patcher.model)

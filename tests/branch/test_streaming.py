@@ -62,12 +62,17 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         def record_event(self) -> str:
             return f"after {log.calls[-1][1]}"
 
+        def wait_stream(self, other: Current) -> None:
+            assert isinstance(other, Current)
+            self.follows = other
+
     class Current:
         def wait_event(self, event: str) -> None:
             log.calls.append(("wait", event))
 
     @contextlib.contextmanager
     def stream(side: Stream) -> Iterator[None]:
+        assert isinstance(side.follows, Current), "memory that is written must have been read"
         side.inside = True
         yield
         side.inside = False
@@ -103,6 +108,27 @@ def test_the_next_layer_is_under_way_while_one_computes(log: Log) -> None:
         ("copy", "c"),
         ("wait", "after c"),
     ]
+
+
+def test_what_was_sent_ahead_and_has_changed_since_is_not_used(log: Log) -> None:
+    """A change of strength between two forwards."""
+    card, stream = Card(), FactorStream()
+    a, b = Layer("a", card), Layer("b", card)
+    run(stream, card, a, b)
+    stream.bring(a, "a", card)
+    assert stream.bring(b, "b at another strength", card) == "b at another strength on 0"
+
+
+def test_at_most_two_layers_are_held(log: Log) -> None:
+    card, stream = Card(), FactorStream()
+    layers = [Layer(name, card) for name in "abcd"]
+    for _ in range(2):
+        for layer in layers:
+            stream.bring(layer, layer.name, card)
+            held = len(stream._used) + (stream._ahead is not None)
+            assert held <= 2
+    stream.forget()
+    assert stream._used == []
 
 
 def test_another_order_than_the_learned_one_costs_a_copy_and_nothing_else(log: Log) -> None:
