@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
@@ -161,6 +162,23 @@ class ForgeBinding:
     def memory_report(self) -> MemoryReport | None:
         """LoRA factors on the card: as planned, and as they stand there now."""
         return self.memory.report(list(self._sessions))
+
+    def plan_for(self, loras: Sequence[tuple[str, float]], positions: int | None) -> Prospect:
+        """What the memory plan of these LoRAs on the checkpoint that is loaded would be (`prospect.foresee`).
+
+        To be called while no generation runs.
+        """
+        stock_dora_norm = self.settings().arithmetic.stock_dora_norm
+        asides: dict[nn.Module, HostedSession] = {}
+
+        def aside(model: nn.Module) -> HostedSession:
+            if model not in asides:
+                session = self._sessions.get(model) or HostedSession(model)
+                asides[model] = session.aside(model, stock_dora_norm)
+            return asides[model]
+
+        planner = MemoryPlanner(self._memory_management, self._sessions, aside, self.settings, self.notices)
+        return foresee(self.loader, planner, loras, positions)
 
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
