@@ -125,15 +125,18 @@ class PatchSession:
         device: torch.device,
         dtype: torch.dtype,
         dense: DensePolicy = "branch",
+        fitted: FittedAdapters | None = None,
     ) -> dict[str, Footprint]:
         """What each module's branch would take on this device, for activations of this type, by name.
 
         What is merged takes the place of the base, and nothing more. Nothing is placed, attached, or read
-        from the base. Raises `PatchError` as `apply_patches` does.
+        from the base. fitted: where adapters that are made to fit are kept, with those of the attached set
+        where None. Raises `PatchError` as `apply_patches` does.
         """
         shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
-        weights = effective_weights(model, patches, self._fitted, shadows, begin=SketchedWeight)
+        fitted = self._fitted if fitted is None else fitted
+        weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
         merged = merged_modules(model, weights, compute, dense)
         return footprints(weights, Arithmetic.of(product, device), merged)

@@ -2,16 +2,20 @@
 
 GET /precision-lora/v1/status            what is active, and what the last generation applied
 GET /precision-lora/v1/inspect?lora=…    what a LoRA file holds, and what is wrong with it
+GET /precision-lora/v1/plan?lora=…       what memory LoRAs would take beside the checkpoint that is loaded
 
 They exist with `--api` alone. A LoRA is named as the WebUI lists it; where files lie is not told.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +26,9 @@ from lib_precision_lora import __version__
 from lib_precision_lora.host import api_models as models
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.arguments import problems
+from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.generations import COMPUTE_NAMES, GENERATIONS
+from lib_precision_lora.host.prospect import ModelProspect, NoCheckpointError
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.report.inspect_file import UnreadableFileError, inspect_file
 from lib_precision_lora.ui.accordion import TITLE
@@ -31,6 +37,8 @@ logger = logging.getLogger("lib_precision_lora")
 
 ROOT = "/precision-lora/v1"
 LONGEST_NAME = 260
+MOST_LORAS = 64
+LARGEST_SIDE = 16384
 
 _one_inspection = threading.Lock()
 """A file is read whole: one at a time, however many ask."""
@@ -48,7 +56,13 @@ def add_api(_: Any, app: FastAPI) -> None:
     routes: list[tuple[str, Callable[..., Any], Any, str]] = [
         ("status", get_status, models.Status, "What is active, and what the last generation applied"),
         ("inspect", get_inspection, models.Inspection, "What a LoRA file holds, and what is wrong with it"),
+        ("plan", get_plan, models.LoraPlan, "What memory LoRAs would take beside the loaded checkpoint"),
     ]
+    problem: dict[int | str, Any] = {"model": models.Problem}
+    refusals: dict[str, dict[int | str, Any]] = {
+        "inspect": {404: problem},
+        "plan": {404: problem, 409: problem},
+    }
     for name, endpoint, answer, summary in routes:
         app.add_api_route(
             f"{ROOT}/{name}",
@@ -58,7 +72,7 @@ def add_api(_: Any, app: FastAPI) -> None:
             dependencies=credentials,
             summary=summary,
             tags=[TITLE],
-            responses={404: {"model": models.Problem}} if name != "status" else None,
+            responses=refusals.get(name),
         )
     if binding.active() is not None:
         check_arguments_of_requests()
@@ -141,6 +155,84 @@ def get_inspection(
         logger.exception("inspecting LoRA %s failed", lora)
         raise HTTPException(500, f"Inspecting LoRA {lora} failed; the WebUI's log says why") from None
     return models.Inspection(**{**found.as_object(), "name": lora})
+
+
+def get_plan(
+    lora: Annotated[
+        list[str],
+        Query(
+            max_length=MOST_LORAS,
+            description="NAME:STRENGTH, or NAME at strength 1; repeated, in the prompt's order",
+        ),
+    ] = [],  # noqa: B006  without a default, Forge's FastAPI fails where none is given
+    width: Annotated[int, Query(ge=64, le=LARGEST_SIDE, description="Of the image, pixels")] = 1024,
+    height: Annotated[int, Query(ge=64, le=LARGEST_SIDE, description="Of the image, pixels")] = 1024,
+) -> models.LoraPlan:
+    """Plans for one image, as it would be generated now. Nothing is attached, moved or loaded; while the
+    WebUI is at work, and its memory is changing, the answer is 409."""
+    if not lora:
+        raise HTTPException(422, "No LoRA is named: lora=NAME:STRENGTH, once for each")
+    loras = [parse_lora(each) for each in lora]
+    for name, _ in loras:
+        find_lora(name)
+    active = binding.active()
+    if active is None or not active.settings().enabled:
+        raise HTTPException(409, "Precision LoRA is switched off: LoRAs are the WebUI's, which plans nothing")
+    try:
+        with webui_idle():
+            found = active.plan_for(loras, (width // 8) * (height // 8))
+    except (NoCheckpointError, BusyError) as error:
+        raise HTTPException(409, str(error)) from None
+    except FileProblem as problem:
+        raise HTTPException(422, str(problem)) from None
+    except Exception:  # the host can fail in any way; the log has it, the client need not
+        logger.exception("planning the memory of LoRAs failed")
+        raise HTTPException(500, "Planning failed; the WebUI's log says why") from None
+    return models.LoraPlan(
+        diffusion_model=plan_of(found.diffusion_model),
+        text_encoder=None if found.text_encoder is None else plan_of(found.text_encoder),
+        together=plan_of(found.together),
+    )
+
+
+def plan_of(found: ModelProspect) -> models.ModelPlan:
+    return models.ModelPlan(**dataclasses.asdict(found.plan), left_out=list(found.left_out))
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """`NAME:STRENGTH` or `NAME`. Raises 422 for a strength that is no finite number."""
+    name, colon, given = text.rpartition(":")
+    if not colon:
+        name, given = text, "1"
+    try:
+        strength = float(given)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise HTTPException(422, f"The strength of a LoRA must be a finite number, not {given[:40]!r}")
+    if not 1 <= len(name) <= LONGEST_NAME:
+        raise HTTPException(422, f"The name of a LoRA has 1 to {LONGEST_NAME} characters, not {len(name)}")
+    return name, strength
+
+
+class BusyError(RuntimeError):
+    """The WebUI is at work."""
+
+
+@contextmanager
+def webui_idle() -> Iterator[None]:
+    """In the WebUI's own queue, but only where nobody is in it: a generation that comes now waits for us.
+
+    Raises `BusyError` at once where somebody is.
+    """
+    from modules.call_queue import queue_lock
+
+    if not queue_lock.acquire(blocking=False):
+        raise BusyError("The WebUI is at work: ask again when its queue is empty")
+    try:
+        yield
+    finally:
+        queue_lock.release()
 
 
 def find_lora(name: str) -> Path:

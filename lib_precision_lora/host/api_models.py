@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -62,3 +64,25 @@ class Inspection(BaseModel):
     layers: list[Layer]
     unmatched: list[str] = Field(description="Keys that are not understood")
     findings: list[str] = Field(description="Why it, or a part of it, cannot be applied")
+
+
+class ModelPlan(BaseModel):
+    placement: Literal["resident", "streamed", "refused"] = Field(
+        description="Factors on the card, streamed from RAM in part or whole, or no room for any of them"
+    )
+    peak_bytes: int = Field(description="The card's largest use beyond the same generation without LoRAs")
+    reserve_bytes: int = Field(description="What the WebUI would be asked to keep free")
+    resident_bytes: int = Field(description="Factors that stay on the card")
+    streamed_bytes: int = Field(description="Factors that are streamed from RAM")
+    offloaded_bytes: int = Field(description="Of the checkpoint, what has to stay in RAM")
+    advice: list[str] = Field(description="The cheapest ways to a better placement, the cheapest first")
+    left_out: list[str] = Field(description="LoRAs that do not fit beside those before them")
+
+
+class LoraPlan(BaseModel):
+    diffusion_model: ModelPlan
+    text_encoder: ModelPlan | None = Field(description="null where the checkpoint has none")
+    together: ModelPlan = Field(
+        description="Factors and the checkpoint's bytes in RAM of both; peak and reserve with one model at "
+        "work at a time"
+    )

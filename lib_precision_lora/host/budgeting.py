@@ -51,18 +51,22 @@ class Budgeting:
         takes nothing."""
         while True:
             try:
-                return self._session(patcher.model).footprints(
-                    patcher.model,
-                    patches,
-                    self._settings().arithmetic,
-                    patcher.load_device,
-                    activation_type(patcher.model),
-                )
+                return self.sketch(patcher, patches)
             except PatchError as error:
                 fewer = without(patches, {error.source})
                 if len(fewer) == len(patches):
                     return {}
                 patches = fewer
+
+    def sketch(self, patcher: Any, patches: Patches) -> Mapping[str, Footprint]:
+        """What each branch takes. Raises `PatchError` as attaching does."""
+        return self._session(patcher.model).footprints(
+            patcher.model,
+            patches,
+            self._settings().arithmetic,
+            patcher.load_device,
+            activation_type(patcher.model),
+        )
 
     def budget(
         self,

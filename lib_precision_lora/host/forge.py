@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from lib_precision_lora.host.hosted import HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
@@ -116,7 +117,6 @@ class ForgeBinding:
         self._memory_management = memory_management
         self._host_refresh = lora.LoraLoader.refresh
         self._failures = 0  # conditioning that was computed with one before it is not used after it
-        self._failed: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
         self.notices = Notices(
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
@@ -166,6 +166,23 @@ class ForgeBinding:
         engine = sd_models.model_data.get_sd_model()
         return self.memory.report([patcher.model for patcher in patchers_of(engine)])
 
+    def plan_for(self, loras: Sequence[tuple[str, float]], positions: int | None) -> Prospect:
+        """What the memory plan of these LoRAs on the checkpoint that is loaded would be (`prospect.foresee`).
+
+        To be called while no generation runs.
+        """
+        stock_dora_norm = self.settings().arithmetic.stock_dora_norm
+        asides: dict[nn.Module, HostedSession] = {}
+
+        def aside(model: nn.Module) -> HostedSession:
+            if model not in asides:
+                session = self._sessions.get(model) or HostedSession(model)
+                asides[model] = session.aside(model, stock_dora_norm)
+            return asides[model]
+
+        planner = MemoryPlanner(self._memory_management, self._sessions, aside, self.settings, self.notices)
+        return foresee(self.loader, planner, loras, positions)
+
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
 
@@ -214,6 +231,7 @@ class ForgeBinding:
             session = self._session(model)
             left_out = self.memory.left_out(model)
             if left_out:
+                self._failures += 1
                 fitting = (key for key in lora_patches if source_of(key) not in left_out)
                 lora_patches = {key: lora_patches[key] for key in fitting}
 
@@ -230,11 +248,8 @@ class ForgeBinding:
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
             record = self.record.present
             record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
-            failed = left_out | {str(problem.source) for problem in problems}
-            if failed != self._failed.get(model, frozenset()):
-                self._failed[model] = failed
-                self._failures += 1
             for problem in problems:
+                self._failures += 1
                 self._left_out(problem.source, f"A LoRA was left out: {problem}")
 
         return refresh

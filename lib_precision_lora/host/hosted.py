@@ -21,6 +21,7 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchMemoryError, PatchSession
+from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
@@ -51,6 +52,15 @@ class HostedSession:
         self._stock_dora_norm = False
         self._problems: list[PatchError] = []
         self._sketched: tuple[object, Mapping[str, Footprint]] | None = None
+        self._fitted: FittedAdapters | None = None
+
+    def aside(self, model: nn.Module, stock_dora_norm: bool) -> HostedSession:
+        """One for the `footprints` of patches that are not to be attached: it sees what stands in the model,
+        and keeps what it makes to itself."""
+        other = HostedSession(model)
+        other._session, other._fitted = self._session, FittedAdapters()
+        other._stock_dora_norm = stock_dora_norm
+        return other
 
     def follow(
         self,
@@ -99,7 +109,7 @@ class HostedSession:
         if self._sketched is None or self._sketched[0] != signature:
             ours, _ = self._divide(model, host_patches)
             sketched = self._session.footprints(
-                ours, arithmetic.compute, device, dtype, _policy(model, arithmetic)
+                ours, arithmetic.compute, device, dtype, _policy(model, arithmetic), self._fitted
             )
             self._sketched = signature, sketched
         return self._sketched[1]

@@ -91,6 +91,16 @@ class NetworkLoader:
         if hasattr(engine, "comments"):  # the WebUI gives it to an engine when a generation begins
             self._notices.show(comment_once(engine.comments), engine.extra_generation_params)
 
+    def match(self, engine: Any, name: str) -> tuple[str, FileMatch]:
+        """The path of the file of this name, and what it would do to the checkpoint; nothing is applied.
+
+        Raises `FileProblem`.
+        """
+        import networks
+
+        on_disk = find_network(networks, name)
+        return on_disk.filename, self._match(engine, on_disk.name, Stamp.of(on_disk.filename))
+
     def stand_back(self) -> None:
         """Give the engines their own patchers back; the host's loader starts anew."""
         for engine in list(self._patchers):

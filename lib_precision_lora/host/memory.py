@@ -191,6 +191,28 @@ class MemoryPlanner:
             logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
         return found
 
+    def foresee(
+        self, patchers: Sequence[Any], required: Sequence[float], positions: int | None
+    ) -> list[tuple[ModelPlan, dict[str, Plan]]]:
+        """What the plan of each of a checkpoint's patchers would be, and of each file that has no room in it
+        the plan that was refused; nothing is decided, asked of the host, or moved.
+
+        required: the host's own `memory_required` for each. Raises `PatchError` as attaching does.
+        """
+        for patcher in patchers:
+            self._budgeting.sketch(patcher, patcher.lora_patches)
+        alone = [self._choose(each, each.lora_patches, [each], 0, 0, 1)[1] for each in patchers]
+        elsewhere = {source for refused in alone for source in refused}
+        foreseen = []
+        for patcher, own, size in zip(patchers, alone, required, strict=True):
+            if own:  # refused for the smallest image already: told by the numbers of this one
+                own |= self._choose(patcher, patcher.lora_patches, [patcher], size, 0, positions)[1]
+            patches = without(patcher.lora_patches, elsewhere)
+            decided, refused = self._choose(patcher, patches, [patcher], size, 0, positions)
+            left_out = frozenset({source_of(key) for key in patcher.lora_patches} & {*elsewhere, *refused})
+            foreseen.append((ModelPlan(decided.plan, decided.resident, left_out), own | refused))
+        return foreseen
+
     def _plan(self, patcher: Any, models: Sequence[Any], required: float, kept: float) -> ModelPlan:
         """The plan with every file, or with each that fits beside those before it."""
         sources = {source_of(key) for key in patcher.lora_patches}
