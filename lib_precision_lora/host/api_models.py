@@ -33,6 +33,7 @@ class Generation(BaseModel):
     stored: dict[str, int] = Field(description="Kind of stored weight, and how many weights are of it")
     planned_bytes: int | None = Field(description="LoRA factors on the card, as planned")
     measured_bytes: int | None = Field(description="LoRA factors on the card, as they stand there")
+    peak_bytes: int | None = Field(None, description="The card's largest use, all included; on CUDA alone")
     attach_seconds: float
     problems: list[str]
     finished: bool

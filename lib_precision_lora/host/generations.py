@@ -104,6 +104,7 @@ def make_report(active: Any, passes: list[Pass], low_bits: str | None = None) ->
         stored=stored_kinds(diffusion_model()),
         planned_bytes=getattr(memory, "factor_bytes", None),
         measured_bytes=getattr(memory, "measured_bytes", None),
+        peak_bytes=getattr(memory, "peak_bytes", None),
         attach_seconds=sum(done.seconds for done in passes),
         problems=tuple(dict.fromkeys(problem for done in passes for problem in done.problems)),
     )
@@ -143,6 +144,8 @@ def log_report(report: GenerationReport) -> None:
         for name, nbytes in (("predicted", report.planned_bytes), ("measured", report.measured_bytes))
         if nbytes is not None
     )
+    if report.peak_bytes is not None:
+        memory += f", {mebibytes(report.peak_bytes)} at most in use on the card, all included"
     logger.info(
         "%d of %d LoRAs applied: compute mode %s, %s to attach%s",
         len(report.applied),

@@ -6,6 +6,7 @@ on the card already it would leave as it is; where that leaves too little, it is
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import weakref
@@ -22,6 +23,7 @@ from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.memory.budget import megabytes
+from lib_precision_lora.memory.meter import peak_allocated
 from lib_precision_lora.memory.placement import choose_resident
 
 logger = logging.getLogger("lib_precision_lora")
@@ -35,12 +37,13 @@ A_LITTLE_MORE = 1.02
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelPlan:
-    """What was decided for one model: the plan, which modules' factors stay on the card (None: all), and
-    the sources that are left out."""
+    """What was decided for one model: the plan, which modules' factors stay on the card (None: all), the
+    sources that are left out, and the bytes of merged layers' originals, which wait in RAM."""
 
     plan: Plan
     resident: frozenset[str] | None
     left_out: frozenset[str]
+    originals_bytes: int = 0
 
 
 UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
@@ -50,13 +53,15 @@ UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
     """planned_bytes: the largest use beyond the same generation without LoRAs, over the models;
-    factor_bytes: of these, factors on the card; measured_bytes: factors that stood there when placed."""
+    factor_bytes: of these, factors on the card; measured_bytes: factors that stood there when placed;
+    peak_bytes: the card's largest use in this generation, None where there are no such statistics."""
 
     planned_bytes: int
     factor_bytes: int
     measured_bytes: int
     placement: str
     seconds: float
+    peak_bytes: int | None = None
 
 
 class MemoryPlanner:
@@ -178,6 +183,7 @@ class MemoryPlanner:
             sum(self._measured.get(model, 0) for model, _ in plans),
             "streamed" if "streamed" in placements else "resident",
             self._seconds,
+            peak_allocated(self._host.get_torch_device()),
         )
 
     def refused(self) -> Mapping[str, Plan]:
@@ -223,7 +229,7 @@ class MemoryPlanner:
         for source, plan in {**refused, **elsewhere}.items():
             if source in sources:
                 self._refuse(source, plan)
-        return ModelPlan(decided.plan, decided.resident, frozenset({*refused, *elsewhere} & sources))
+        return dataclasses.replace(decided, left_out=frozenset({*refused, *elsewhere} & sources))
 
     def _choose(
         self,
@@ -243,7 +249,8 @@ class MemoryPlanner:
             if plan.placement == "streamed":
                 sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
                 resident = choose_resident(sizes, plan.resident_bytes)
-            return ModelPlan(plan, resident, frozenset())
+            originals = sum(each.host_bytes for each in footprints.values())
+            return ModelPlan(plan, resident, frozenset(), originals)
 
         every = decide(patches)
         if every.plan.placement != "refused":
@@ -303,7 +310,7 @@ class MemoryPlanner:
     def _leave_out_all(self, patcher: Any, decided: ModelPlan, error: PatchMemoryError) -> None:
         """No memory, neither resident nor streamed: the model goes on without LoRAs."""
         sources = frozenset(source_of(key) for key in patcher.lora_patches)
-        self._plans[patcher.model] = ModelPlan(decided.plan, decided.resident, sources)
+        self._plans[patcher.model] = dataclasses.replace(decided, left_out=sources)
         for source in sorted(sources):
             self._tell(source, f"A LoRA was left out: {source}: {error}")
         try:
@@ -317,12 +324,13 @@ class MemoryPlanner:
         plan, session = decided.plan, self._session(patcher.model)
         logger.info(
             "LoRAs on %s: %d MB planned (%d MB of factors on the card, %d MB streamed from RAM, %d MB "
-            "workspace); %d MB of factors stand on the card; %.1f s",
+            "workspace); %d MB of factors stand on the card; %d MB of merged originals in RAM; %.1f s",
             type(getattr(patcher.model, "diffusion_model", patcher.model)).__name__,
             megabytes(plan.peak_bytes),
             megabytes(plan.resident_bytes),
             megabytes(plan.streamed_bytes),
             megabytes(plan.peak_bytes - plan.resident_bytes),
             megabytes(session.placed_bytes),
+            megabytes(decided.originals_bytes),
             self._seconds,
         )

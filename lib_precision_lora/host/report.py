@@ -37,6 +37,7 @@ class GenerationReport:
     patcher: who applied them; compute: the mode in effect; low_bits: the name under "Diffusion in Low Bits"
     in effect, None where it is not known; stored: how the diffusion model's weights lie in memory, kind →
     number; planned_bytes and measured_bytes: LoRA factors on the card, None where nothing was planned;
+    peak_bytes: the card's largest use, all included, None without a CUDA device;
     attach_seconds: time spent on following the prompt's LoRAs; problems: sentences; finished: False where
     the generation was interrupted by an error.
     """
@@ -48,6 +49,7 @@ class GenerationReport:
     stored: Mapping[str, int] = dataclasses.field(default_factory=dict)
     planned_bytes: int | None = None
     measured_bytes: int | None = None
+    peak_bytes: int | None = None
     attach_seconds: float = 0.0
     problems: tuple[str, ...] = ()
     finished: bool = True

@@ -54,6 +54,14 @@ class ByteMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
+def peak_allocated(device: torch.device) -> int | None:
+    """The largest use of a card since its statistics were last reset, bytes; None for other devices.
+
+    A host resets them when a generation begins; they are not ours to reset.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and mappings."""
     if isinstance(value, torch.Tensor):
