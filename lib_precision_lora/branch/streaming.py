@@ -28,7 +28,6 @@ class Arrival:
     """Operands under way to a device; source: what they are copied from; copied: the moment from which they
     are there (None: now)."""
 
-    owner: weakref.ref[Any]
     device: torch.device
     source: Any
     operands: Any
@@ -54,12 +53,12 @@ class FactorStream:
         arrival, self._ahead = self._ahead, None
         if arrival is None or arrival.source is not operands or arrival.device != device:
             arrival = None  # lets go of what is not wanted, or no longer up to date
-            arrival = self._depart(owner, operands, device)
+            arrival = self._depart(operands, device)
         here: Value = self._receive(arrival)
         following = self._following(owner)
         waiting = None if following is None else following.waiting_for(device)
         if waiting is not None and device.type == "cuda":
-            self._ahead = self._depart(following, waiting, device)
+            self._ahead = self._depart(waiting, device)
         return here
 
     def forget(self) -> None:
@@ -79,9 +78,9 @@ class FactorStream:
         position = self._position[owner] + 1
         return self._order[position]() if position < len(self._order) else None
 
-    def _depart(self, owner: Any, operands: Any, device: torch.device) -> Arrival:
+    def _depart(self, operands: Any, device: torch.device) -> Arrival:
         if device.type != "cuda":
-            return Arrival(weakref.ref(owner), device, operands, copied_to(operands, device), None)
+            return Arrival(device, operands, copied_to(operands, device), None)
         if device not in self._sides:
             self._sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side = self._sides[device]
@@ -89,7 +88,7 @@ class FactorStream:
         del self._used[:-1]  # their memory is the side stream's, which now follows all that has read it
         with torch.cuda.stream(side):
             copy = copied_to(operands, device, non_blocking=True)
-        return Arrival(weakref.ref(owner), device, operands, copy, side.record_event())
+        return Arrival(device, operands, copy, side.record_event())
 
     def _receive(self, arrival: Arrival) -> Any:
         if arrival.copied is not None:

@@ -52,16 +52,12 @@ UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """planned_bytes: the largest use beyond the same generation without LoRAs, over the models;
-    factor_bytes: of these, factors on the card; measured_bytes: factors that stood there when placed;
+    """factor_bytes: LoRA factors on the card, as planned; measured_bytes: those that stood there when placed;
     peak_bytes: the card's largest use in this generation, None where there are no such statistics."""
 
-    planned_bytes: int
     factor_bytes: int
     measured_bytes: int
-    placement: str
-    seconds: float
-    peak_bytes: int | None = None
+    peak_bytes: int | None
 
 
 class MemoryPlanner:
@@ -175,14 +171,9 @@ class MemoryPlanner:
         plans = [(model, plan) for model, plan in plans if self._session(model).attached]
         if not plans:
             return None
-        placements = {plan.placement for _, plan in plans}
         return MemoryReport(
-            sum(plan.resident_bytes for _, plan in plans)
-            + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
             sum(plan.resident_bytes for _, plan in plans),
             sum(self._measured.get(model, 0) for model, _ in plans),
-            "streamed" if "streamed" in placements else "resident",
-            self._seconds,
             peak_allocated(self._host.get_torch_device()),
         )
 

@@ -73,14 +73,6 @@ class LoraLayer:
     place: Place | None
 
     @property
-    def up_bytes(self) -> int:
-        return self._bytes("up")
-
-    @property
-    def down_bytes(self) -> int:
-        return self._bytes("down")
-
-    @property
     def nbytes(self) -> int:
         """Of everything that the file has for this layer."""
         return sum(factor.nbytes for factor in self.factors.values())
@@ -96,9 +88,6 @@ class LoraLayer:
         made = math.prod(down.shape[1:])
         wider = layer.name.endswith(INPUT_LAYERS) and made > columns
         return sum(up.shape[:1]) == rows and (wider or made == columns)
-
-    def _bytes(self, role: str) -> int:
-        return self.factors[role].nbytes if role in self.factors else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import binding, install, uninstall
+from lib_precision_lora.host.settings import register_settings
 from tests.host.webui import Host
 
 DEVICE = torch.device("cpu", 0)
@@ -61,6 +62,16 @@ class Card:
 def size_of(model: nn.Module) -> int:
     """Bytes of all parameters."""
     return sum(value.nelement() * value.element_size() for value in model.parameters())
+
+
+@contextmanager
+def card_with_us(host: Host, total: int, inference: int = 0) -> Iterator[Card]:
+    """A simulated card, and us in its host."""
+    register_settings()
+    with simulated_card(host, total, inference) as card:
+        assert install()
+        yield card
+        uninstall()
 
 
 @contextmanager

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host import binding, install, uninstall
+from lib_precision_lora.host import binding
 from lib_precision_lora.host import memory as planning
 from lib_precision_lora.host.generations import Generations
 from lib_precision_lora.host.notices import GenerationStopped
-from lib_precision_lora.host.settings import register_settings
 from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.ui.settings import MARGIN, ON_FAILURE, PLACEMENT, STOP, STREAMED
-from tests.host.card import Card, simulated_card, size_of
+from tests.host.card import Card, card_with_us, size_of
 from tests.host.checkpoints import PICTURE, TEXT_LAYER, TOKENS, Checkpoint
 from tests.host.generation import Image, distance, generate, load_checkpoint
 from tests.host.loras import LAYERS, Active, LoraFile, exact_output, make_lora, prompt, values
@@ -64,12 +63,9 @@ def least_bytes(rank: int) -> int:
 @pytest.fixture
 def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     """A card with room for everything, and us in the host; tests make it smaller."""
-    register_settings()
     monkeypatch.setattr(planning, "WORTH_A_MOVE", 1024)
-    with simulated_card(bare_host, PLENTY, INFERENCE) as card:
-        assert install()
+    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
         yield card
-        uninstall()
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.host import binding, install, uninstall
-from lib_precision_lora.host.settings import register_settings
-from tests.host.card import Card, simulated_card
+from lib_precision_lora.host import binding
+from tests.host.card import Card, card_with_us
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import generate, load_checkpoint
 from tests.host.loras import Active, make_lora, prompt, values
@@ -24,11 +23,8 @@ PLENTY = 10**7
 
 @pytest.fixture
 def card(bare_host: Host) -> Iterator[Card]:
-    register_settings()
-    with simulated_card(bare_host, PLENTY) as card:
-        assert install()
+    with card_with_us(bare_host, PLENTY) as card:
         yield card
-        uninstall()
 
 
 @pytest.fixture

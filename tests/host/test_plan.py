@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host import binding, install, uninstall
+from lib_precision_lora.host import binding
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.prospect import NoCheckpointError
-from lib_precision_lora.host.settings import register_settings
-from tests.host.card import Card, simulated_card, size_of
+from tests.host.card import Card, card_with_us, size_of
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
 from tests.host.damage import DAMAGE
 from tests.host.generation import generate, load_checkpoint
@@ -36,11 +35,8 @@ TEXT_WORKSPACE = 512 * 4 * (4 + 3 * 8)
 
 @pytest.fixture
 def card(bare_host: Host) -> Iterator[Card]:
-    register_settings()
-    with simulated_card(bare_host, PLENTY, INFERENCE) as card:
-        assert install()
+    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
         yield card
-        uninstall()
 
 
 @pytest.fixture

@@ -78,7 +78,11 @@ def test_up_and_down_are_counted_apart(tmp_path: Path) -> None:
         "a.alpha": torch.tensor(2.0),
     }
     layer = lora_header(tmp_path / "a.safetensors", tensors).model[0]
-    assert (layer.up_bytes, layer.down_bytes, layer.nbytes) == (2 * 64 * 4, 4 * 4 * 96, 2048 + 4)
+    assert (layer.factors["up"].nbytes, layer.factors["down"].nbytes, layer.nbytes) == (
+        2 * 64 * 4,
+        4 * 4 * 96,
+        2048 + 4,
+    )
 
 
 @pytest.mark.parametrize(
