@@ -6,6 +6,7 @@ import logging
 
 from lib_precision_lora.host import forge
 from lib_precision_lora.host.contract import failures
+from lib_precision_lora.host.requirements import REQUIREMENTS
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -21,7 +22,7 @@ def install() -> bool:
     global _active
     if _active is not None:
         return True
-    missing = failures(forge.REQUIREMENTS)
+    missing = failures(REQUIREMENTS)
     if missing:
         logger.warning(
             "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "

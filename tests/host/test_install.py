@@ -12,7 +12,7 @@ import pytest
 
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.contract import Requirement
-from lib_precision_lora.host.forge import REQUIREMENTS
+from lib_precision_lora.host.requirements import REQUIREMENTS
 from tests.double import TOP_LEVEL
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import distance, generate, load_checkpoint
