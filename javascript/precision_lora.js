@@ -5,6 +5,7 @@
         "#setting_precision_lora_compute",
         "#setting_precision_lora_dense",
         "#setting_precision_lora_dora_norm",
+        "#setting_precision_lora_text_encoders",
         "#setting_precision_lora_on_failure",
         "#setting_precision_lora_placement",
         "#setting_precision_lora_margin",

@@ -29,6 +29,7 @@ class Generation(BaseModel):
     files: list[File]
     patcher: str = Field(description="Who applied them: Precision LoRA, or the WebUI")
     compute: str = Field(description="Compute mode in effect")
+    text_encoders: bool = Field(description="False where the setting leaves these alone")
     low_bits: str | None = Field(description='"Diffusion in Low Bits" in effect')
     stored: dict[str, int] = Field(description="Kind of stored weight, and how many weights are of it")
     planned_bytes: int | None = Field(description="LoRA factors on the card, as planned")

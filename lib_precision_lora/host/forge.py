@@ -111,17 +111,17 @@ class ForgeBinding:
 
         To be called while no generation runs.
         """
-        stock_dora_norm = self.settings().arithmetic.stock_dora_norm
+        settings = self.settings()
         asides: dict[nn.Module, HostedSession] = {}
 
         def aside(model: nn.Module) -> HostedSession:
             if model not in asides:
                 session = self._sessions.get(model) or HostedSession(model)
-                asides[model] = session.aside(model, stock_dora_norm)
+                asides[model] = session.aside(model, settings.arithmetic.stock_dora_norm)
             return asides[model]
 
         planner = MemoryPlanner(self._memory_management, self._sessions, aside, self.settings, self.notices)
-        return foresee(self.loader, planner, loras, positions)
+        return foresee(self.loader, planner, loras, settings.text_encoders, positions)
 
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
@@ -284,8 +284,10 @@ class ForgeBinding:
                 session.try_again()
             settings = self.settings()
             if settings.enabled:
-                self.record.begin(OURS, settings.arithmetic.compute)
-                self.loader.load(names, te_multipliers, unet_multipliers, settings.detailed_log)
+                self.record.begin(OURS, settings.arithmetic.compute, settings.text_encoders)
+                self.loader.load(
+                    names, te_multipliers, unet_multipliers, settings.text_encoders, settings.detailed_log
+                )
             else:
                 self.stand_back()
                 present = self.record.begin(WEBUI, "")
@@ -304,7 +306,7 @@ class ForgeBinding:
         def cached_params(processing: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
             self._stop_if_set()
             settings = self.settings()
-            versions = self.loader.versions if settings.enabled else ()
+            versions = self.loader.versions if settings.enabled and settings.text_encoders else ()
             refused = tuple(self.memory.refused()) if versions else ()
             ours = (settings.arithmetic, versions, self._failures, refused) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)

@@ -100,6 +100,7 @@ def make_report(active: Any, passes: list[Pass], low_bits: str | None = None) ->
         files=tuple(dict.fromkeys(file for done in passes for file in done.reports())),
         patcher=last.patcher,
         compute=COMPUTE_NAMES.get(last.compute, last.compute),
+        text_encoders=last.text_encoders,
         low_bits=low_bits,
         stored=stored_kinds(diffusion_model()),
         planned_bytes=getattr(memory, "factor_bytes", None),

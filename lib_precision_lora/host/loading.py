@@ -50,9 +50,13 @@ class NetworkLoader:
         names: Sequence[str],
         te_multipliers: Sequence[float],
         unet_multipliers: Sequence[float],
+        text_encoders: bool = True,
         detailed_log: bool = False,
     ) -> None:
-        """Put these LoRAs, in this order, on the current checkpoint; report those that cannot be applied."""
+        """Put these LoRAs, in this order, on the current checkpoint; report those that cannot be applied.
+
+        text_encoders: whether they act on these as well; where not, their strength there is 0.
+        """
         import networks
         from modules import sd_models
 
@@ -70,7 +74,8 @@ class NetworkLoader:
         kept.start(engine)
         matches: dict[Stamp, FileMatch] = {}
         versions: list[Stamp | None] = []
-        for name, te, unet in zip(names, te_multipliers, unet_multipliers, strict=True):
+        for name, te_multiplier, unet in zip(names, te_multipliers, unet_multipliers, strict=True):
+            te = te_multiplier if text_encoders else 0.0
             try:
                 stamp, match, network = self._read(engine, name)
             except FileProblem as problem:
@@ -192,7 +197,7 @@ def find_network(networks: Any, name: str) -> Any:
 
 
 def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileReport:
-    """What the file brings to this checkpoint, before anything is attached."""
+    """What the file brings to this checkpoint, before anything is attached; at a strength of 0, nothing."""
     return FileReport(
         name,
         unet,
@@ -200,8 +205,8 @@ def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileRepo
         match.summary,
         match.ranks,
         match.alphas,
-        len(match.unet),
-        len(match.text_encoder),
+        len(match.unet) if unet else 0,
+        len(match.text_encoder) if te else 0,
         unmatched=match.unmatched,
     )
 

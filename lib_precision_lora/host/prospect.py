@@ -61,10 +61,14 @@ class Prospect:
 
 
 def foresee(
-    loader: NetworkLoader, planner: MemoryPlanner, loras: Sequence[tuple[str, float]], positions: int | None
+    loader: NetworkLoader,
+    planner: MemoryPlanner,
+    loras: Sequence[tuple[str, float]],
+    text_encoders: bool,
+    positions: int | None,
 ) -> Prospect:
     """planner: one that keeps to itself what it decides; loras: names and strengths, in the prompt's order;
-    positions: of the latent image.
+    text_encoders: whether they act on these too; positions: of the latent image.
 
     Raises `NoCheckpointError`, and `FileProblem` for a LoRA that cannot be applied to the checkpoint.
     """
@@ -82,7 +86,7 @@ def foresee(
             path, match = loader.match(engine, name)
         except FileProblem as problem:
             raise FileProblem(f"LoRA {name} would be left out: {problem}") from None
-        names[kept.add(path, match, strength, strength)] = name
+        names[kept.add(path, match, strength, strength if text_encoders else 0.0)] = name
     patchers, required = [kept.unet], [0.0]
     if positions is not None:
         required = [float(kept.unet.model.memory_required((BATCH_ROWS, 4, positions, 1)))]

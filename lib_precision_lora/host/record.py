@@ -17,13 +17,15 @@ KEPT_PASSES = 512
 class Pass:
     """From one setting of the prompt's LoRAs to the next: a batch, a hires pass, a refiner.
 
-    sources: the name under which the host's patchers know a file → its place in `files`; host_layers: the
-    same names → layers that went the host's own way, by model.
+    text_encoders: whether LoRAs act on these as well; sources: the name under which the host's patchers
+    know a file → its place in `files`; host_layers: the same names → layers that went the host's own way,
+    by model.
     """
 
     number: int
     patcher: str
     compute: str
+    text_encoders: bool = True
     files: list[FileReport] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     host_layers: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -74,9 +76,9 @@ class Record:
     def present(self) -> Pass:
         return self._passes[-1]
 
-    def begin(self, patcher: str, compute: str) -> Pass:
+    def begin(self, patcher: str, compute: str, text_encoders: bool = True) -> Pass:
         """The prompt's LoRAs are being set."""
-        self._passes.append(Pass(self.present.number + 1, patcher, compute))
+        self._passes.append(Pass(self.present.number + 1, patcher, compute, text_encoders))
         return self.present
 
     def since(self, number: int) -> list[Pass]:

@@ -34,7 +34,8 @@ class FileReport:
 class GenerationReport:
     """All LoRAs of a generation, in prompt order, those of a hires pass after those of the first.
 
-    patcher: who applied them; compute: the mode in effect; low_bits: the name under "Diffusion in Low Bits"
+    patcher: who applied them; compute: the mode in effect; text_encoders: False where the setting leaves
+    these alone; low_bits: the name under "Diffusion in Low Bits"
     in effect, None where it is not known; stored: how the diffusion model's weights lie in memory, kind →
     number; planned_bytes and measured_bytes: LoRA factors on the card, None where nothing was planned;
     peak_bytes: the card's largest use, all included, None without a CUDA device;
@@ -45,6 +46,7 @@ class GenerationReport:
     files: tuple[FileReport, ...] = ()
     patcher: str = ""
     compute: str = ""
+    text_encoders: bool = True
     low_bits: str | None = None
     stored: Mapping[str, int] = dataclasses.field(default_factory=dict)
     planned_bytes: int | None = None

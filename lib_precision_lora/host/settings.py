@@ -26,6 +26,7 @@ from lib_precision_lora.ui.settings import (
     SECTION,
     STOP,
     STREAMED,
+    TEXT_ENCODERS,
 )
 
 COMPUTE_MODES: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
@@ -47,6 +48,7 @@ class Settings:
 
     enabled: bool = True
     arithmetic: Arithmetic = Arithmetic()
+    text_encoders: bool = True
     on_failure: Literal["continue", "stop"] = "continue"
     margin_bytes: int = 0
     stream_all: bool = False
@@ -57,20 +59,24 @@ class Settings:
 def read_settings(opts: Any) -> Settings:
     """The options of a WebUI; one that is not registered (yet) or nonsense has its default."""
     default = Settings()
-    enabled = getattr(opts, ENABLED, default.enabled)
     return Settings(
-        enabled=enabled if isinstance(enabled, bool) else default.enabled,
+        enabled=_switch(getattr(opts, ENABLED, None), default.enabled),
         arithmetic=Arithmetic(
             COMPUTE_MODES.get(str(getattr(opts, COMPUTE, "")), default.arithmetic.compute),
             stock_dora_norm=getattr(opts, DORA_NORM, "") == AS_STOCK,
             dense=_DENSE.get(str(getattr(opts, DENSE, "")), default.arithmetic.dense),
         ),
+        text_encoders=_switch(getattr(opts, TEXT_ENCODERS, None), default.text_encoders),
         on_failure="stop" if getattr(opts, ON_FAILURE, "") == STOP else default.on_failure,
         margin_bytes=_megabytes(getattr(opts, MARGIN, None), default.margin_bytes),
         stream_all=getattr(opts, PLACEMENT, "") == STREAMED,
         cache_bytes=_megabytes(getattr(opts, CACHE, None), default.cache_bytes),
         detailed_log=getattr(opts, LOG_DETAIL, "") == DETAILED,
     )
+
+
+def _switch(value: Any, default: bool) -> bool:
+    return value if isinstance(value, bool) else default
 
 
 def _megabytes(value: Any, default: int) -> int:

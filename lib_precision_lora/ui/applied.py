@@ -19,10 +19,12 @@ NONE, UNFINISHED = "No LoRA was applied.", "The generation did not finish. Until
 KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "text encoder"
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
+TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
 MEMORY, PLANNED, MEASURED = "LoRA factors on the card", "predicted", "measured"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
-    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, LOW_BITS, STORED, TIME, MEMORY, PLANNED, MEASURED),
+    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS),
+    *(STORED, TIME, MEMORY, PLANNED, MEASURED),
 )
 """All words of this part of the page, for translators."""
 
@@ -38,6 +40,7 @@ def applied_html(report: GenerationReport) -> str:
     notes = "".join(f"<p>{escape(text)}</p>" for text in _other_problems(report))
     details = _list(
         (COMPUTE, escape(report.compute)),
+        (TEXT_ENCODERS, "" if report.text_encoders else _word(SWITCHED_OFF)),
         (LOW_BITS, escape(report.low_bits or "")),
         (STORED, escape(", ".join(f"{count} × {kind}" for kind, count in report.stored.items()))),
         (TIME, duration(report.attach_seconds) if ours and report.files else ""),

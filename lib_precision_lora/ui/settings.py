@@ -11,6 +11,7 @@ ENABLED = "precision_lora_enabled"
 COMPUTE = "precision_lora_compute"
 ON_FAILURE = "precision_lora_on_failure"
 DORA_NORM = "precision_lora_dora_norm"
+TEXT_ENCODERS = "precision_lora_text_encoders"
 PLACEMENT = "precision_lora_placement"
 MARGIN = "precision_lora_margin"
 CACHE = "precision_lora_cache"
@@ -71,6 +72,12 @@ OPTIONS = (
         "choose it to make old images again",
         "Radio",
         {"choices": [AS_TRAINED, AS_STOCK]},
+    ),
+    Option(
+        TEXT_ENCODERS,
+        True,
+        "Text encoders too",
+        "off: the part of a LoRA that is for text encoders is left alone, as with te=0 in the prompt",
     ),
     Option(
         ON_FAILURE,

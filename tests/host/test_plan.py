@@ -10,6 +10,7 @@ import pytest
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.prospect import NoCheckpointError
+from lib_precision_lora.ui.settings import TEXT_ENCODERS
 from tests.host.card import Card, card_with_us, size_of
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
 from tests.host.damage import DAMAGE
@@ -160,6 +161,18 @@ def test_asking_changes_nothing(host: Host, card: Card, checkpoint: Checkpoint, 
         image = generate(host, text)
         assert image.values.equal(before_image.values)
         assert (card.placements, card.evictions) == ([], [])
+
+
+def test_nothing_is_planned_for_text_encoders_that_are_left_alone(
+    host: Host, card: Card, checkpoint: Checkpoint
+) -> None:
+    make_lora("cats", 0, 8, (*UNET, TEXT_LAYER)).write(host)
+    host.set_option(TEXT_ENCODERS, False)
+    found = plan_for(("cats", 1.0))
+    assert (found.text_encoder.plan.peak_bytes, found.text_encoder.left_out) == (0, ())
+    assert found.diffusion_model.plan.resident_bytes == factor_bytes(8)
+    generate(host, "a cat<lora:cats:1>")
+    assert card.factors() == factor_bytes(8)
 
 
 def test_the_same_lora_twice_counts_twice(host: Host, card: Card, checkpoint: Checkpoint) -> None:

@@ -13,7 +13,15 @@ from lib_precision_lora.host import binding, memory
 from lib_precision_lora.host.generations import KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.host.report import FileReport, GenerationReport
-from lib_precision_lora.ui.settings import COMPUTE, DETAILED, ENABLED, LOG_DETAIL, ON_FAILURE, STOP
+from lib_precision_lora.ui.settings import (
+    COMPUTE,
+    DETAILED,
+    ENABLED,
+    LOG_DETAIL,
+    ON_FAILURE,
+    STOP,
+    TEXT_ENCODERS,
+)
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import DAMAGE, cats_and_dogs
 from tests.host.generation import generate, load_checkpoint
@@ -59,6 +67,21 @@ def test_each_file_is_told_with_what_it_does(host: Host, checkpoint: Checkpoint)
     assert 0 < report.attach_seconds < 60
     assert report.stored["fp8-e4m3fn"] == 1
     assert report.problems == ()
+
+
+def test_layers_that_a_setting_leaves_alone_are_not_said_to_be_changed(
+    host: Host, checkpoint: Checkpoint
+) -> None:
+    make_lora("cats", rank=2).write(host)
+    host.set_option(TEXT_ENCODERS, False)
+    report = report_of(host, "a cat<lora:cats:0.5:0.8>")
+    (cats,) = report.files
+    assert (cats.text_strength, cats.unet_layers, cats.text_layers) == (0.0, LAYERS, 0)
+    assert not report.text_encoders
+    host.set_option(TEXT_ENCODERS, True)
+    report = report_of(host, "a cat<lora:cats:0.5:0>")
+    assert (report.files[0].unet_layers, report.files[0].text_layers) == (0, 1)
+    assert report.text_encoders
 
 
 def test_a_report_tells_of_its_own_generation_alone(host: Host, checkpoint: Checkpoint) -> None:

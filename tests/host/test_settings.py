@@ -31,6 +31,7 @@ from lib_precision_lora.ui.settings import (
     SECTION,
     STOP,
     STREAMED,
+    TEXT_ENCODERS,
 )
 from tests.host.checkpoints import Checkpoint
 from tests.host.generation import distance, generate, load_checkpoint
@@ -145,6 +146,22 @@ def test_conditioning_is_kept_where_nothing_of_it_changes(host: Host, checkpoint
         assert checkpoint.encodes == without, f"{change} is nothing to a prompt without LoRAs"
 
 
+def test_text_encoders_are_left_alone_where_that_is_set(host: Host, checkpoint: Checkpoint) -> None:
+    cats = make_lora("cats")
+    cats.write(host)
+    text = prompt("a cat", Active(cats, 0.75))
+    for both in (True, False, True, False):
+        host.set_option(TEXT_ENCODERS, both)
+        expected = exact_output(checkpoint, "a cat", [Active(cats, 0.75, te=None if both else 0.0)])
+        other = exact_output(checkpoint, "a cat", [Active(cats, 0.75, te=0.0 if both else None)])
+        image = generate(host, text)
+        assert distance(image, expected) < EXACT < 1e-3 < distance(image, other), both
+        assert bool(branches(checkpoint.encoder)) is both
+    encodes = checkpoint.encodes
+    generate(host, text)
+    assert checkpoint.encodes == encodes
+
+
 def test_conditioning_is_computed_anew_on_a_toggle(host: Host, checkpoint: Checkpoint) -> None:
     lora = make_lora("cats")
     lora.write(host)
@@ -164,6 +181,7 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
         COMPUTE,
         DENSE,
         DORA_NORM,
+        TEXT_ENCODERS,
         ON_FAILURE,
         PLACEMENT,
         MARGIN,
@@ -195,16 +213,18 @@ def test_the_section_says_what_it_does_and_has_these_defaults() -> None:
 def test_registered_defaults_read_as_the_default_settings(host: Host) -> None:
     options = host.shared.opts
     assert (
-        read_settings(options) == Settings() == Settings(True, Arithmetic("auto", False, "auto"), "continue")
+        read_settings(options)
+        == Settings()
+        == Settings(True, Arithmetic("auto", False, "auto"), True, "continue")
     )
     for option in OPTIONS:
         assert options.data_labels[option.key].section == SECTION
         assert option.info in options.data_labels[option.key].comment_after
 
 
-@pytest.mark.parametrize("nonsense", [None, "", "yes", 7, -1.5, [], ["fp16"], {}, object()])
+@pytest.mark.parametrize("nonsense", [None, "", "yes", 0, 7, -1.5, [], ["fp16"], {}, object()])
 def test_nonsense_reads_as_the_default(nonsense: Any) -> None:
-    for key in (ENABLED, COMPUTE, DENSE, DORA_NORM, ON_FAILURE, PLACEMENT, LOG_DETAIL):
+    for key in (ENABLED, COMPUTE, DENSE, DORA_NORM, TEXT_ENCODERS, ON_FAILURE, PLACEMENT, LOG_DETAIL):
         assert read_settings(SimpleNamespace(**{key: nonsense})) == Settings(), key
     assert read_settings(SimpleNamespace()) == Settings()
 
@@ -217,8 +237,8 @@ def test_a_nonsense_count_of_megabytes_reads_as_the_default(nonsense: Any) -> No
 
 def test_values_read_as_what_they_say() -> None:
     values = {ENABLED: False, COMPUTE: "fp32", DORA_NORM: AS_STOCK, ON_FAILURE: STOP, LOG_DETAIL: DETAILED}
-    values |= {PLACEMENT: STREAMED, MARGIN: 256, CACHE: 0}
-    expected = Settings(False, Arithmetic("fp32", True, "auto"), "stop", 2**28, True, 0, True)
+    values |= {PLACEMENT: STREAMED, MARGIN: 256, CACHE: 0, TEXT_ENCODERS: False}
+    expected = Settings(False, Arithmetic("fp32", True, "auto"), False, "stop", 2**28, True, 0, True)
     assert read_settings(SimpleNamespace(**values)) == expected
     for choice, policy in ((AUTOMATIC, "auto"), (BESIDE, "branch"), (MERGE, "merge")):
         assert read_settings(SimpleNamespace(**{DENSE: choice})).arithmetic.dense == policy

@@ -61,12 +61,17 @@ def test_it_says_what_was_applied_and_what_was_left_out_and_why() -> None:
     assert "250.0 ms" in words
 
 
+def test_text_encoders_are_spoken_of_where_a_setting_leaves_them_alone() -> None:
+    said = [" ".join(Reader(applied_html(replace(REPORT, text_encoders=on))).words) for on in (True, False)]
+    assert ["left alone, as set in Settings" in text for text in said] == [False, True]
+
+
 def test_what_comes_from_a_file_is_text_and_nothing_else() -> None:
     attack = "<img src=x onerror=alert(1)>\"'&"
     hostile = FileReport(attack, 1.0, 1.0, attack, unmatched=(attack,))
     left_out = FileReport(attack, 1.0, 1.0, problem=attack)
     report = GenerationReport(
-        (hostile, left_out), attack, attack, attack, {attack: 1}, problems=("other " + attack,)
+        (hostile, left_out), attack, attack, True, attack, {attack: 1}, problems=("other " + attack,)
     )
     read = Reader(applied_html(report))
     assert "img" not in read.tags
