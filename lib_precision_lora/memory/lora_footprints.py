@@ -21,7 +21,7 @@ from lib_precision_lora.memory.chunks import (
     Load,
     dense_block_bytes,
 )
-from lib_precision_lora.memory.footprint import Footprint
+from lib_precision_lora.memory.header_footprint import HeaderFootprint
 from lib_precision_lora.memory.lora_header import LoraLayer
 from lib_precision_lora.memory.lora_terms import ELEMENT, LowRank, Terms, terms
 
@@ -67,7 +67,7 @@ def workspace_bytes(layers: Iterable[LoraLayer], request: Request, half: bool) -
     )
 
 
-def layer_footprints(layers: Iterable[LoraLayer], half: bool) -> dict[str, Footprint]:
+def layer_footprints(layers: Iterable[LoraLayer], half: bool) -> dict[str, HeaderFootprint]:
     """The footprint of each layer of the checkpoint that the files are for, by its name."""
     return {
         beside.layer.name: _footprint(beside, half) for beside in _beside(layers) if beside.layer is not None
@@ -94,7 +94,7 @@ def _beside(layers: Iterable[LoraLayer]) -> Iterable[Beside]:
     return found.values()
 
 
-def _footprint(beside: Beside, half: bool) -> Footprint:
+def _footprint(beside: Beside, half: bool) -> HeaderFootprint:
     parts = [part for _, _, own in beside.placed for part in own.low_rank]
     rank = sum(part.rank for part in parts)
     sizes = [rank * FP32] * 2 if rank else []
@@ -113,7 +113,7 @@ def _footprint(beside: Beside, half: bool) -> Footprint:
         recast = max(recast, copies)
     sizes += [size for _, _, own in beside.placed for size in own.others]
     if beside.layer is None:
-        return Footprint(tuple(sizes))
+        return HeaderFootprint(tuple(sizes))
     layer, all_terms = beside.layer, [own for _, _, own in beside.placed]
     copies_of_operand = HALF_COPIES if half else SINGLE_COPIES
     load = Load(
@@ -126,7 +126,7 @@ def _footprint(beside: Beside, half: bool) -> Footprint:
         turn=max((own.turn for own in all_terms if own.turn is not None), default=None),
     )
     dense = max((dense_block_bytes(own.dense) for own in all_terms if own.dense), default=0)
-    return Footprint(
+    return HeaderFootprint(
         tuple(sizes),
         token_bytes=load.token_bytes(),
         fixed_bytes=int(recast * copies_of_operand) + dense,

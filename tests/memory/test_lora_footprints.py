@@ -17,10 +17,10 @@ from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.adapters.target import Target
 from lib_precision_lora.adapters.terms import Dense
 from lib_precision_lora.branch import Compute, Patch, PatchSession
-from lib_precision_lora.branch.footprint import Footprint as BranchFootprint
+from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer
-from lib_precision_lora.memory.footprint import Footprint
+from lib_precision_lora.memory.header_footprint import HeaderFootprint
 from lib_precision_lora.memory.lora_footprints import factor_sizes, layer_footprints, workspace_bytes
 from lib_precision_lora.memory.lora_header import LoraLayer, read_lora_header
 from lib_precision_lora.memory.naming import Place
@@ -60,7 +60,7 @@ def headers(files: list[File], shape: tuple[int, ...], rows: list[tuple[int, int
 
 def attached(
     files: list[File], shape: tuple[int, ...], rows: list[tuple[int, int]], compute: Compute
-) -> tuple[BranchFootprint, PatchSession, nn.Module]:
+) -> tuple[Footprint, PatchSession, nn.Module]:
     """The footprint that a session tells of these files, and the session with them attached."""
     kind = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}[len(shape)]
     layer = kind(shape[1], shape[0], *(shape[2:3]), bias=False).requires_grad_(False)
@@ -99,7 +99,7 @@ def made(session: PatchSession, layer: nn.Module, shape: tuple[int, ...]) -> int
     return sum(held_by((operands, stack), {}).values())
 
 
-def assert_same_workspace(planned: Footprint, told: BranchFootprint) -> None:
+def assert_same_workspace(planned: HeaderFootprint, told: Footprint) -> None:
     """Law 4's bound; headers do not tell what a forward makes at which stage, nor what reads the base."""
     for tokens in (77, 4096):
         difference = planned.workspace_bytes(tokens) - told.workspace_bytes(tokens)

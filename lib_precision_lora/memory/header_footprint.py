@@ -1,4 +1,7 @@
-"""What the branch of one module takes on a device, in bytes."""
+"""What the branch of one module takes on a device, as far as files' headers tell.
+
+The running host knows more of it: `branch/footprint.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from lib_precision_lora.memory.chunks import FP32, block_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
+class HeaderFootprint:
     """Bytes that one module's branch takes on a device.
 
     factors: the sizes of the tensors that are placed there; shared: of these, the bytes that need no
@@ -31,6 +34,6 @@ class Footprint:
         """tokens: rows of the input, or positions of the largest sample."""
         return block_bytes(tokens, self.token_bytes) + tokens * self.position_bytes + self.fixed_bytes
 
-    def with_bias(self, rows: int) -> Footprint:
+    def with_bias(self, rows: int) -> HeaderFootprint:
         """Beside the change of a bias, fp32."""
         return replace(self, factors=(*self.factors, rows * FP32), shared=self.shared + rows * FP32)
