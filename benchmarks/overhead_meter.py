@@ -26,7 +26,7 @@ from lib_precision_lora.branch.overhead import Forward, OverheadMeter, Processor
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds. branch: how much longer a layer takes with one; idle, measuring: the meter's part of it."""
+    """Microseconds. branch: what a layer takes longer with one; idle, measuring: the meter's part of it."""
 
     branch: float
     idle: float
