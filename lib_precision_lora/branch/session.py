@@ -30,6 +30,7 @@ from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.operands import WeightBranch
+from lib_precision_lora.branch.overhead import OverheadMeter
 from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
 from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute, choose_product
@@ -57,10 +58,14 @@ class PatchSession:
     `apply` is all or nothing. What stays the same from one set to the next stays attached: a change of
     strength exchanges a few numbers per layer. The session refers to the model weakly, and the model to
     the session not at all. When it is gone, so are the parameters that stood in for the host's.
+
+    timed: the name of the model's part of which one forward is a step; overhead: what branches cost in it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, timed: str | None = None) -> None:
         self._model = weakref.ref(model)
+        self._timed = timed
+        self.overhead = OverheadMeter()
         self._attached: dict[str, Attached] = {}
         weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
         self._fitted = FittedAdapters()
@@ -101,10 +106,12 @@ class PatchSession:
             raise
         self._fitted.keep_used()
         self._memo.keep_used()
+        self.overhead.watch(self._step())
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""
         self._stream.forget()
+        self.overhead.watch(None)
         _detach(self._attached, list(self._attached))
 
     def clear_merged(self) -> None:
@@ -174,10 +181,18 @@ class PatchSession:
     def placed_sizes(self) -> tuple[int, ...]:
         """Bytes of each piece of memory that holds factors where forwards expect them; streamed ones do
         not."""
+        return self._sizes(streamed=False)
+
+    @property
+    def streamed_sizes(self) -> tuple[int, ...]:
+        """Bytes of each piece of memory that holds factors in RAM, to be streamed."""
+        return self._sizes(streamed=True)
+
+    def _sizes(self, streamed: bool) -> tuple[int, ...]:
         sizes: dict[int, int] = {}
         for attached in self._attached.values():
             piece = attached.piece
-            if isinstance(piece, WeightBranch) and piece.stream is not None:
+            if (isinstance(piece, WeightBranch) and piece.stream is not None) != streamed:
                 continue
             for tensor in piece.placed():
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -211,6 +226,12 @@ class PatchSession:
             raise ReferenceError("the model of this session is gone")
         return model
 
+    def _step(self) -> nn.Module | None:
+        """The module whose forwards are measured: none where nothing runs beside another."""
+        beside = any(not isinstance(here.piece, Shadow | Merged) for here in self._attached.values())
+        module = getattr(self._living_model(), self._timed, None) if beside and self._timed else None
+        return module if isinstance(module, nn.Module) else None
+
     def _wanted(
         self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy
     ) -> dict[str, tuple[Site, Piece]]:
@@ -236,7 +257,7 @@ class PatchSession:
             return
         if present is not None:
             self._remove(name, undo)
-        self._attached[name] = attach(module, piece)
+        self._attached[name] = attach(module, piece, self.overhead)
         undo.append(lambda: self._attached.pop(name).detach())
 
     def _remove(self, name: str, undo: Undo) -> None:
@@ -246,22 +267,27 @@ class PatchSession:
             gone.detach()  # in case it was interrupted the first time
             module = gone.module()
             if module is not None:
-                self._attached[name] = attach(module, gone.piece)
+                self._attached[name] = attach(module, gone.piece, self.overhead)
 
         undo.append(put_back)
         gone.detach()
         del self._attached[name]
 
 
-def attach(module: nn.Module, piece: Piece) -> Attached:
+def attach(module: nn.Module, piece: Piece, meter: OverheadMeter) -> Attached:
     """Make a branch run after the module's forward (and before it, where the input is widened), or put
-    other parameters in place."""
+    other parameters in place. meter: what times the branch."""
     if isinstance(piece, Shadow | Merged):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
-    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece), with_kwargs=True)]
-    if piece.wide_input is not None:
-        handles.append(module.register_forward_pre_hook(piece.wide_input.narrow, with_kwargs=True))
+    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece, meter), with_kwargs=True)]
+    wide_input = piece.wide_input
+    if wide_input is not None:
+
+        def narrow(*given: Any) -> Any:
+            return meter.timed(wide_input.narrow, *given)
+
+        handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
 
     def detach() -> None:
         for handle in handles:
@@ -289,15 +315,15 @@ def _put_back_parameters(attached: dict[str, Attached]) -> None:
     _detach(attached, [name for name, here in attached.items() if _shadows(here.piece)])
 
 
-def _hook(branch: Branch) -> Callable[..., Tensor]:
+def _hook(branch: Branch, meter: OverheadMeter) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         if branch.wide_input is not None:
             x = branch.wide_input.take()
         if _autocast_enabled(output.device.type):
             with torch.autocast(output.device.type, enabled=False):
-                return branch(module, x, output)
-        return branch(module, x, output)
+                return meter.timed(branch, module, x, output)
+        return meter.timed(branch, module, x, output)
 
     return run
 

@@ -32,10 +32,20 @@ class Generation(BaseModel):
     text_encoders: bool = Field(description="False where the setting leaves these alone")
     low_bits: str | None = Field(description='"Diffusion in Low Bits" in effect')
     stored: dict[str, int] = Field(description="Kind of stored weight, and how many weights are of it")
-    planned_bytes: int | None = Field(description="LoRA factors on the card, as planned")
-    measured_bytes: int | None = Field(description="LoRA factors on the card, as they stand there")
+    planned_bytes: int | None = Field(description="LoRA factors on the device, as planned")
+    measured_bytes: int | None = Field(description="LoRA factors on the device, as they stand there")
+    streamed_bytes: int | None = Field(None, description="LoRA factors that wait in RAM, and are streamed")
+    extra_bytes: int | None = Field(
+        None, description="The device's largest use beyond the same generation without LoRAs, as planned"
+    )
     peak_bytes: int | None = Field(None, description="The card's largest use, all included; on CUDA alone")
     attach_seconds: float
+    step_seconds: float | None = Field(
+        None,
+        description="One pass of the diffusion model: the second of the last image, or the only one; a step "
+        "of sampling may take several. null where none was measured (CPU and CUDA alone)",
+    )
+    overhead_seconds: float | None = Field(None, description="Of step_seconds, what LoRAs take")
     problems: list[str]
     finished: bool
 

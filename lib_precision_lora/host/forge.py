@@ -100,7 +100,7 @@ class ForgeBinding:
 
     @property
     def memory_report(self) -> MemoryReport | None:
-        """LoRA factors on the card: as planned, and as they stand there now."""
+        """LoRA factors on the device: as planned, and as they stand there now."""
         from modules import sd_models
 
         engine = sd_models.model_data.get_sd_model()
@@ -282,6 +282,7 @@ class ForgeBinding:
             self.notices.begin()
             for session in self._sessions.values():
                 session.try_again()
+                session.overhead.reset()
             settings = self.settings()
             if settings.enabled:
                 self.record.begin(OURS, settings.arithmetic.compute, settings.text_encoders)

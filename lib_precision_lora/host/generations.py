@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from lib_precision_lora.branch.overhead import StepTime
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.record import Pass
 from lib_precision_lora.host.report import GenerationReport
-from lib_precision_lora.report.quantities import duration, mebibytes
+from lib_precision_lora.report.quantities import duration, mebibytes, part_of
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ui.applied import applied_html
 
@@ -96,17 +97,24 @@ def make_report(active: Any, passes: list[Pass], low_bits: str | None = None) ->
     """What these passes have done; equal files of several passes are one."""
     memory = getattr(active, "memory_report", None)
     last = passes[-1] if passes else Pass(0, "", "")
+    model = diffusion_model()
+    # the pass that is in effect, if it is this generation's: those before it are no longer measured
+    step = step_time(active, model) if last is active.record.present else None
     return GenerationReport(
         files=tuple(dict.fromkeys(file for done in passes for file in done.reports())),
         patcher=last.patcher,
         compute=COMPUTE_NAMES.get(last.compute, last.compute),
         text_encoders=last.text_encoders,
         low_bits=low_bits,
-        stored=stored_kinds(diffusion_model()),
+        stored=stored_kinds(model),
         planned_bytes=getattr(memory, "factor_bytes", None),
         measured_bytes=getattr(memory, "measured_bytes", None),
+        streamed_bytes=getattr(memory, "streamed_bytes", None),
+        extra_bytes=getattr(memory, "extra_bytes", None),
         peak_bytes=getattr(memory, "peak_bytes", None),
         attach_seconds=sum(done.seconds for done in passes),
+        step_seconds=None if step is None else step.whole,
+        overhead_seconds=None if step is None else step.branches,
         problems=tuple(dict.fromkeys(problem for done in passes for problem in done.problems)),
     )
 
@@ -119,6 +127,12 @@ def diffusion_model() -> nn.Module | None:
     unet = getattr(getattr(engine, "forge_objects", None), "unet", None)
     model = getattr(unet, "model", None)
     return model if isinstance(model, nn.Module) else None
+
+
+def step_time(active: Any, model: nn.Module | None) -> StepTime | None:
+    """Of a forward of this model since the prompt's LoRAs were set; None where none was measured."""
+    session = None if model is None else active.sessions().get(model)
+    return None if session is None else session.overhead.read()
 
 
 def stored_kinds(model: nn.Module | None) -> Mapping[str, int]:
@@ -141,17 +155,24 @@ def log_report(report: GenerationReport) -> None:
     if report.patcher == "WebUI" or not report.files:
         return
     memory = "".join(
-        f", {mebibytes(nbytes)} of LoRA factors on the card {name}"
+        f", {mebibytes(nbytes)} of LoRA factors on the device {name}"
         for name, nbytes in (("predicted", report.planned_bytes), ("measured", report.measured_bytes))
         if nbytes is not None
     )
+    if report.streamed_bytes:
+        memory += f", {mebibytes(report.streamed_bytes)} streamed from RAM"
     if report.peak_bytes is not None:
         memory += f", {mebibytes(report.peak_bytes)} at most in use on the card, all included"
+    step = ""
+    if report.step_seconds is not None and report.overhead_seconds is not None:
+        step = f", {duration(report.step_seconds)} per model pass, of them "
+        step += part_of(report.overhead_seconds, report.step_seconds) + " for LoRAs"
     logger.info(
-        "%d of %d LoRAs applied: compute mode %s, %s to attach%s",
+        "%d of %d LoRAs applied: compute mode %s, %s to attach%s%s",
         len(report.applied),
         len(report.files),
         report.compute,
         duration(report.attach_seconds),
+        step,
         memory,
     )

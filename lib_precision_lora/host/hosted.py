@@ -23,6 +23,7 @@ from lib_precision_lora.adapters import (
 from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchMemoryError, PatchSession
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint
+from lib_precision_lora.branch.overhead import OverheadMeter
 from lib_precision_lora.branch.sites import find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
@@ -43,7 +44,7 @@ class HostedSession:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._session = PatchSession(model)
+        self._session = PatchSession(model, timed="diffusion_model")
         self._signature: object = None
         self._values: list[Any] = []
         self._adapters: dict[int, tuple[Any, Adapter | None]] = {}
@@ -122,6 +123,16 @@ class HostedSession:
     def placed_bytes(self) -> int:
         """Of factors that stand on the device, as its allocator rounds them."""
         return allocated_bytes(self._session.placed_sizes)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of factors that wait in RAM for each forward, as a device's allocator would round them."""
+        return allocated_bytes(self._session.streamed_sizes)
+
+    @property
+    def overhead(self) -> OverheadMeter:
+        """What branches cost in a forward of the diffusion model."""
+        return self._session.overhead
 
     def clear(self) -> None:
         """Take off everything that is ours; what the host has merged is the host's to take out."""

@@ -51,12 +51,24 @@ UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """Bytes of one model's factors, when they were placed: on the card, and in RAM to be streamed."""
+
+    standing: int = 0
+    streamed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryReport:
     """factor_bytes: LoRA factors on the card, as planned; measured_bytes: those that stood there when placed;
-    peak_bytes: the card's largest use in this generation, None where there are no such statistics."""
+    streamed_bytes: those that then waited in RAM; extra_bytes: the card's largest use beyond the same
+    generation without LoRAs, as planned, with one model at work at a time; peak_bytes: its largest use in
+    this generation, all included, None where there are no such statistics."""
 
     factor_bytes: int
     measured_bytes: int
+    streamed_bytes: int
+    extra_bytes: int
     peak_bytes: int | None
 
 
@@ -86,7 +98,7 @@ class MemoryPlanner:
         self._checkpoint = checkpoint
         self._positions: int | None = None
         self._granted_for: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
-        self._measured: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._measured: weakref.WeakKeyDictionary[nn.Module, Placed] = weakref.WeakKeyDictionary()
         self._seconds = 0.0
 
     def image(self, positions: int | None) -> None:
@@ -141,7 +153,7 @@ class MemoryPlanner:
                 logger.warning("%s; trying once more with factors streamed from RAM", error)
                 session.place(device, dtype, frozenset())
             self._seconds += time.perf_counter() - start
-            self._measured[model] = session.placed_bytes
+            self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
             self._log(patcher, decided)
         except PatchMemoryError as error:
             self._leave_out_all(patcher, decided, error)
@@ -171,9 +183,13 @@ class MemoryPlanner:
         plans = [(model, plan) for model, plan in plans if self._session(model).attached]
         if not plans:
             return None
+        placed = [self._measured.get(model, Placed()) for model, _ in plans]
+        resident = sum(plan.resident_bytes for _, plan in plans)
         return MemoryReport(
-            sum(plan.resident_bytes for _, plan in plans),
-            sum(self._measured.get(model, 0) for model, _ in plans),
+            resident,
+            sum(each.standing for each in placed),
+            sum(each.streamed for each in placed),
+            resident + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
             peak_allocated(self._host.get_torch_device()),
         )
 

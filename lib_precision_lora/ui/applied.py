@@ -6,7 +6,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from lib_precision_lora.report.quantities import duration, mebibytes
+from lib_precision_lora.report.quantities import duration, mebibytes, part_of
 
 if TYPE_CHECKING:
     from lib_precision_lora.host.report import FileReport, GenerationReport
@@ -20,11 +20,13 @@ KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "te
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
 TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
-MEMORY, PLANNED, MEASURED = "LoRA factors on the card", "predicted", "measured"
+STEP, FOR_LORAS = "Time per model pass", "of them for LoRAs"
+MEMORY, PLANNED, MEASURED = "LoRA factors on the device", "predicted", "measured"
+STREAMED, EXTRA = "Streamed from RAM", "Predicted peak for LoRAs"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
-    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS),
-    *(STORED, TIME, MEMORY, PLANNED, MEASURED),
+    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
+    *(STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
 )
 """All words of this part of the page, for translators."""
 
@@ -44,6 +46,7 @@ def applied_html(report: GenerationReport) -> str:
         (LOW_BITS, escape(report.low_bits or "")),
         (STORED, escape(", ".join(f"{count} × {kind}" for kind, count in report.stored.items()))),
         (TIME, duration(report.attach_seconds) if ours and report.files else ""),
+        (STEP, _step(report)),
     )
     return (
         f"<details><summary>{counts}</summary>{unfinished}{files}{notes}{details}{_memory(report)}</details>"
@@ -71,6 +74,13 @@ def _file(file: FileReport) -> str:
     return f"<section><h4>{escape(file.name)}</h4>{body}</section>"
 
 
+def _step(report: GenerationReport) -> str:
+    if report.step_seconds is None or report.overhead_seconds is None:
+        return ""
+    overhead = part_of(report.overhead_seconds, report.step_seconds)
+    return f"{duration(report.step_seconds)}, {_word(FOR_LORAS)} {overhead}"
+
+
 def _memory(report: GenerationReport) -> str:
     """A bar for each figure that there is, the longer one as wide as the page; none where there is none."""
     figures = [
@@ -86,7 +96,11 @@ def _memory(report: GenerationReport) -> str:
         f'<i class="{name}" style="width: {100 * nbytes / longest:.1f}%"></i></li>'
         for name, nbytes in figures
     )
-    return f'<div class="memory"><h4>{_word(MEMORY)}</h4><ul>{bars}</ul></div>'
+    more = _list(
+        (STREAMED, mebibytes(report.streamed_bytes) if report.streamed_bytes else ""),
+        (EXTRA, mebibytes(report.extra_bytes) if report.extra_bytes else ""),
+    )
+    return f'<div class="memory"><h4>{_word(MEMORY)}</h4><ul>{bars}</ul>{more}</div>'
 
 
 def _other_problems(report: GenerationReport) -> list[str]:

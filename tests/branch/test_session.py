@@ -39,7 +39,7 @@ def test_ten_thousand_cycles_leave_no_trace() -> None:
     assert image_of(model) == before
     assert hooks_of(model) == 0
     assert torch.equal(outputs(model), plain)
-    assert abs(counts[1] - counts[0]) < 50
+    assert counts[1] - counts[0] < 50  # what tests before this one have left behind may go
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -102,6 +102,9 @@ def test_every_size_of_card_makes_the_same_image_or_says_why_not(server: tuple[W
 
     resident, log = generate(webui, "a cat <lora:large:1>")
     total, factors, streamed, workspace, standing = planned(log)
+    whole = webui.status()["last_generation"]
+    assert whole["streamed_bytes"] == 0
+    assert 0 < whole["overhead_seconds"] < whole["step_seconds"]
     assert resident.difference(base) > 20
     assert total == pytest.approx(factors + workspace, abs=2)
     assert (streamed, standing) == (0, factors)
@@ -114,6 +117,10 @@ def test_every_size_of_card_makes_the_same_image_or_says_why_not(server: tuple[W
     assert 0 < here < factors
     assert here + streamed == pytest.approx(factors, abs=2)
     assert standing <= here
+    part = webui.status()["last_generation"]
+    assert 0 < part["streamed_bytes"] == whole["measured_bytes"] - part["measured_bytes"]
+    assert part["extra_bytes"] < whole["extra_bytes"]
+    assert 0 < part["overhead_seconds"] < part["step_seconds"]
     assert SKIPPED not in image.infotext
 
     card.resize(INFERENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,8 @@ def test_what_is_chosen_for_one_generation_is_what_the_page_says_of_it_and_of_no
     text = page.wait_for_applied("fp16")
     assert "strong\nStrength\n0.8\nKind\n165 × lora rank 8\nAlpha\n4\nLayers\n93 model, 72 text" in text
     assert "nowhere\nLeft out\nLoRA nowhere was left out: there is no file of this name" in text
+    assert re.search(r"Time per model pass\n[\d.]+ m?s, of them for LoRAs [\d.]+ ms \([\d.]+ %\)", text)
+    assert re.search(r"LoRA factors on the device\npredicted [\d.]+ MiB\nmeasured [\d.]+ MiB\n", text)
     assert f"{MODE}: fp16" in page.infotext
     assert f"{VERSION}: {__version__}" in page.infotext
     assert "1 of 2 LoRAs applied: compute mode fp16" in webui.log(position)

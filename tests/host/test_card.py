@@ -13,7 +13,7 @@ import torch
 
 from lib_precision_lora.host import binding
 from lib_precision_lora.host import memory as planning
-from lib_precision_lora.host.generations import Generations
+from lib_precision_lora.host.generations import Generations, make_report
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.ui.settings import MARGIN, ON_FAILURE, PLACEMENT, STOP, STREAMED
@@ -221,6 +221,9 @@ def test_streamed_factors_make_the_same_image(
     active = Active(file_of(host, "cats", 64))
     base, context = size_of(checkpoint.model), torch.zeros(8)
     resident = generate(host, prompt("a cat", active))
+    report = make_report(binding.active(), [])
+    assert report.streamed_bytes == 0
+    assert report.extra_bytes == factor_bytes(64) + workspace_bytes(64)
     with torch.inference_mode(), ByteMeter() as beside:
         checkpoint.model.diffusion_model(TOKENS, PICTURE, context)
     host.memory.unload_all_models()
@@ -232,6 +235,10 @@ def test_streamed_factors_make_the_same_image(
     card.forget()
     with log_lines(20) as lines:
         streamed = generate(host, prompt("a cat", active))
+    report = make_report(binding.active(), [])
+    assert report.streamed_bytes == factor_bytes(64) - card.factors()
+    assert report.measured_bytes == card.factors()
+    assert report.extra_bytes == least_bytes(64) + more
     assert torch.equal(streamed.values, resident.values)
     assert placed(card) == [base], "no layer of the checkpoint gives way to factors that can be streamed"
     (session,) = [each for each in binding.active().sessions().values() if each.attached]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lib_precision_lora.branch import overhead
 from lib_precision_lora.host import binding, memory
 from lib_precision_lora.host.generations import KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
@@ -193,6 +195,67 @@ def test_memory_is_what_stands_there_and_what_was_planned_for_it(host: Host, che
     assert report.planned_bytes is not None
     assert 0 <= report.planned_bytes - placed <= 511 * 4 * (LAYERS + 1)
     assert report_of(host, "nothing").planned_bytes is None
+
+
+@pytest.fixture
+def _ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by one second whenever a step or a branch looks at it."""
+    monkeypatch.setattr(overhead, "time", SimpleNamespace(perf_counter=count(1.0).__next__))
+
+
+def step_with(branches: int) -> tuple[float | None, float | None]:
+    """On that clock: each branch looks twice, the step before and after all of them."""
+    return 1.0 + 2.0 * branches, 1.0 * branches
+
+
+def step_of(report: GenerationReport) -> tuple[float | None, float | None]:
+    return report.step_seconds, report.overhead_seconds
+
+
+@pytest.mark.usefixtures("_ticks")
+def test_the_cost_per_step_is_that_of_the_generation_and_of_its_last_pass(
+    host: Host, checkpoint: Checkpoint
+) -> None:
+    make_lora("all").write(host)
+    make_lora("one", modules=("diffusion_model.blocks.0.attn",)).write(host)
+    for _ in range(2):
+        assert step_of(report_of(host, "<lora:all:1>")) == step_with(branches=LAYERS)
+        assert step_of(report_of(host, "<lora:one:1>")) == step_with(branches=1)
+        assert step_of(report_of(host, "nothing")) == (None, None)
+        report = report_of(host, "<lora:all:1>", hires_prompt="<lora:one:1>", between_steps=lambda _: None)
+        assert step_of(report) == step_with(branches=1)
+        assert step_of(report_of(host, "<lora:all:1>", hires_prompt="nothing")) == (None, None)
+
+
+@pytest.mark.usefixtures("_ticks")
+def test_the_cost_per_step_is_no_other_generations(host: Host, checkpoint: Checkpoint, tasks: Any) -> None:
+    make_lora("all").write(host)
+    generations, p = Generations(), SimpleNamespace()
+    tasks("stopped")
+    generations.begin(p)
+    generate(host, "<lora:all:1>")
+    assert step_of(report_of(host, "", activate=False)) == (None, None)
+    assert "Time per model pass" in generations.html("stopped")
+    generate(host, "<lora:all:0.5>")
+    last = generations.end(p)
+    assert last is not None
+    assert step_of(last) == step_with(branches=LAYERS)
+
+
+@pytest.mark.usefixtures("_ticks")
+def test_what_the_webui_applies_has_no_cost_of_ours(host: Host, checkpoint: Checkpoint) -> None:
+    make_lora("all").write(host)
+    assert step_of(report_of(host, "<lora:all:1>")) == step_with(branches=LAYERS)
+    host.set_option(ENABLED, False)
+    assert step_of(report_of(host, "<lora:all:1>")) == (None, None)
+
+
+@pytest.mark.usefixtures("_ticks")
+def test_the_log_names_the_cost_per_step(host: Host, checkpoint: Checkpoint) -> None:
+    make_lora("all").write(host)
+    with log_lines(logging.INFO) as lines:
+        log_report(report_of(host, "<lora:all:1>"))
+    assert ", 9.00 s per model pass, of them 4.00 s (44.4 %) for LoRAs, " in lines[-1]
 
 
 def test_a_page_gets_the_report_of_its_own_task(host: Host, checkpoint: Checkpoint, tasks: Any) -> None:

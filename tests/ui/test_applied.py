@@ -87,6 +87,26 @@ def test_memory_has_a_bar_for_each_figure_and_none_without() -> None:
     assert one.styles == ["width: 0.0%"]
 
 
+def test_the_cost_per_step_is_told_with_its_part_of_the_step_where_it_was_measured() -> None:
+    text = " ".join(
+        Reader(applied_html(replace(REPORT, step_seconds=0.35, overhead_seconds=0.013))).words
+    ).replace("  ", " ")
+    assert "Time per model pass 350.0 ms, of them for LoRAs 13.0 ms (3.7 %)" in text
+    for step in ({}, {"step_seconds": 0.35}, {"overhead_seconds": 0.013}):
+        assert "Time per model pass" not in Reader(applied_html(replace(REPORT, **step))).words
+
+
+def test_what_is_streamed_and_the_predicted_peak_stand_under_the_bars() -> None:
+    placed = replace(REPORT, planned_bytes=2**20, measured_bytes=2**20)
+    text = " ".join(
+        Reader(applied_html(replace(placed, streamed_bytes=5 * 2**20, extra_bytes=7 * 2**20))).words
+    )
+    assert "Streamed from RAM 5.0 MiB Predicted peak for LoRAs 7.0 MiB" in text.replace("  ", " ")
+    for none in (None, 0):
+        words = Reader(applied_html(replace(placed, streamed_bytes=none, extra_bytes=none))).words
+        assert not {"Streamed from RAM", "Predicted peak for LoRAs"} & set(words)
+
+
 def test_a_long_list_of_keys_is_cut() -> None:
     keys = tuple(f"key{index}" for index in range(SHOWN_KEYS + 5))
     read = Reader(applied_html(replace(REPORT, files=(replace(CATS, unmatched=keys),))))
