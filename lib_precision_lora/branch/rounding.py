@@ -69,7 +69,7 @@ def rounded(name: str, site: Site, effective: EffectiveWeight) -> Rounded:
         raise PatchError(f"layer {name}: {error}", None, name) from error
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _rounded(name: str, site: Site, effective: EffectiveWeight, stored: StoredWeight) -> Rounded:
     values = materialized(effective, stored)
     encoded = encode(site.module, site.attribute, site.parameter, values)

@@ -154,7 +154,7 @@ def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved) -> No
             stored = stored_weight(parameter, module)
             saved.unpacked += 1
             if not state[place + attribute].is_floating_point():
-                with torch.inference_mode():
+                with torch.no_grad():
                     encoded = encode(module, attribute, parameter, stored.dense())
                 _exchange(state, place, encoded.entries, place + attribute)
 
