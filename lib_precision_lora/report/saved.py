@@ -74,10 +74,10 @@ class Saved:
         one = next(iter(costs)) if len(costs) == 1 else None
         subject = f"Rounding to {one}" if one else "Rounding"
         text = f"{subject} costs {percent(cost_of(self.losses))} of what they add"
-        text += "" if one else f" ({names})"
         largest = max(costs.values())
         if largest < PART:
             return f"{text}."
+        text += "" if one else f" ({names})"
         worst = max(self.losses, key=lambda loss: loss.cost)
         where = f"(worst: {percent(worst.cost)} in {worst.name.rpartition('.')[0]})"
         if largest < MOST:
