@@ -13,6 +13,7 @@ import contextlib
 import html
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class Saving:
 
     def __init__(self, sessions: Mapping[nn.Module, HostedSession]) -> None:
         self._sessions = sessions
-        self._saved: Saved | None = None  # of the file that is written now
+        self._writing = threading.local()  # its `saved` is that of the file which this thread writes now
 
     def replacements(self, utils: Any, engine: type) -> list[Replacement]:
         """utils: the host's module; engine: the base of its checkpoints, some of which save in their own
@@ -62,7 +63,7 @@ class Saving:
     def _make_state_dict(self, host_state_dict: Callable[..., StateDict]) -> Callable[..., StateDict]:
         def get_state_dict_after_quant(model: nn.Module, prefix: str = "") -> StateDict:
             state: StateDict = host_state_dict(model, prefix)
-            saved = self._saved
+            saved = self._present()
             if saved is None and not any(True for _ in self._attached(model)):
                 return state
             part = Saved()
@@ -79,10 +80,10 @@ class Saving:
 
     def _make_save(self, host_save: Callable[..., Any]) -> Callable[..., Any]:
         def save(engine: Any, filename: Any) -> Any:
-            if self._saved is not None or not self._anything_attached(engine):
+            if self._present() is not None or not self._anything_attached(engine):
                 return host_save(engine, filename)
             partial, saved = f"{filename}.part", Saved()
-            self._saved = saved
+            self._writing.saved = saved
             try:
                 path = host_save(engine, partial)
                 if path == partial:
@@ -93,13 +94,17 @@ class Saving:
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 raise _as_the_page_shows_it(f"Nothing was saved: {reason}") from error
             finally:
-                self._saved = None
+                self._writing.saved = None
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(partial)
             _tell(saved)
             return path
 
         return save
+
+    def _present(self) -> Saved | None:
+        """Of the file that is written now, by functions of the host that may call each other."""
+        return getattr(self._writing, "saved", None)
 
     def _attached(self, module: nn.Module) -> Iterator[tuple[nn.Module, HostedSession]]:
         """Where something stands on this module, or in a model that it is part of, or that is part of it."""

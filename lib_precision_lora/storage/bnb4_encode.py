@@ -24,6 +24,9 @@ from .weight import StorageError, plain
 VALUES_PER_CALL = 1 << 22
 """Bounds the temporary tensors, several times as large."""
 
+FEW_CODES = 16
+"""For so many, counting those below a value is twice as fast as a search."""
+
 
 def encode_four_bit(attribute: str, parameter: Tensor, state: Any, values: Tensor) -> Encoded:
     """Values as a state dict holds them for a `Params4bit` of this `QuantState`.
@@ -67,7 +70,7 @@ def _with_statistics(state: Any, largest: Tensor, shape: tuple[int, ...]) -> Any
     scale = groups.abs().amax(1).to(plain(state.state2.absmax).dtype)
     code = plain(state.state2.code).to(largest.device, torch.float32)
     numbers = _nearest_codes(groups, scale.to(torch.float32), code)
-    written.absmax = numbers.view(-1)[: len(largest)].to(torch.uint8).contiguous()
+    written.absmax = numbers.view(-1)[: len(largest)].contiguous()
     written.state2.absmax = scale
     written.state2.code = code
     return written
@@ -84,7 +87,7 @@ def _packed(blocks: Tensor, absmax: Tensor, code: Tensor, count: int) -> Tensor:
     """Two nibbles to a byte, the earlier value in the high one: uint8 [⌈count / 2⌉]."""
     step = max(2, VALUES_PER_CALL // blocks.shape[1] // 2 * 2)
     nibbles = [
-        _nearest_codes(blocks[at : at + step], absmax[at : at + step], code).view(-1).to(torch.uint8)
+        _nearest_codes(blocks[at : at + step], absmax[at : at + step], code).view(-1)
         for at in range(0, len(blocks), step)
     ]
     whole = pad(torch.cat(nibbles)[:count], (0, count % 2))
@@ -92,7 +95,7 @@ def _packed(blocks: Tensor, absmax: Tensor, code: Tensor, count: int) -> Tensor:
 
 
 def _nearest_codes(blocks: Tensor, scale: Tensor, code: Tensor) -> Tensor:
-    """For each value of `blocks`, [n, B], the number of the code nearest to `value / scale[n]`.
+    """For each value of `blocks`, [n, B], the number of the code nearest to `value / scale[n]`: uint8.
 
     A block whose scale is 0 decodes to zeros whatever its codes are.
     """
@@ -101,4 +104,10 @@ def _nearest_codes(blocks: Tensor, scale: Tensor, code: Tensor) -> Tensor:
     middles = (ascending[1:] + ascending[:-1]) / 2
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
     quotient = (blocks / divisor.view(-1, 1).to(blocks)).to(torch.float32)
-    return order.to(torch.int32)[torch.bucketize(quotient.contiguous(), middles, out_int32=True)]
+    if len(code) > FEW_CODES:
+        return order[torch.bucketize(quotient, middles)].to(torch.uint8)
+    numbers = torch.zeros(quotient.shape, dtype=torch.uint8, device=quotient.device)
+    for middle in middles:
+        numbers += quotient > middle
+    in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+    return numbers if in_order else order.to(torch.uint8)[numbers.long()]
