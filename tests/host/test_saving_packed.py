@@ -85,6 +85,38 @@ def test_all_gguf_weights_of_a_model_with_a_lora_are_written_in_their_compute_ty
     assert f"Rounding to {compute} costs" in line
 
 
+def test_in_one_file_the_parts_without_a_lora_are_unpacked_as_well(tmp_path: Path) -> None:
+    """Where the model has one and the text encoder, in GGUF too, has none; else the file could not load."""
+    (first, _), (second, other) = (layer("gguf-Q8_0-baked-fp16", seed) for seed in (1, 2))
+    model, encoder = nn.ModuleDict({"first": first}), nn.ModuleDict({"second": second})
+    session = PatchSession(model)
+    session.apply([("file", {"first.weight": LORA.adapter}, 0.8)])
+    utils = SimpleNamespace(get_state_dict_after_quant=host_state_dict)
+
+    class Engine:
+        forge_objects = SimpleNamespace(
+            unet=SimpleNamespace(model=model), clip=SimpleNamespace(cond_stage_model=encoder)
+        )
+
+        def save_checkpoint(self, filename: str) -> str:
+            parts = (utils.get_state_dict_after_quant(part) for part in (model, encoder))
+            safetensors.torch.save_file(
+                {key: value for part in parts for key, value in part.items()}, filename
+            )
+            return filename
+
+    hosted = SimpleNamespace(
+        attached=session.attached, effective=session.effective, sources=("file",), host_layers={}
+    )
+    Saving({model: hosted}).replacements(utils, Engine)  # type: ignore[dict-item]
+    path = str(tmp_path / "file.safetensors")
+    with log_lines(logging.INFO) as lines:
+        assert Engine().save_checkpoint(path) == path
+    assert torch.equal(safetensors.torch.load_file(path)["second.weight"], other.half())
+    assert not utils.get_state_dict_after_quant(encoder)["second.weight"].is_floating_point()
+    assert len(lines) == 1
+
+
 @pytest.mark.parametrize("name", ["bnb-nf4", "bnb-nf4-nested", "bnb-fp4"])
 def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_the_file(
     name: str, tmp_path: Path

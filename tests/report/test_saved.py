@@ -30,7 +30,8 @@ def loss(cost: float, kind: str = "dense-fp16", name: str = "block.0.weight", ch
             1.08,
             "bnb-nf4",
             "Rounding to NF4 costs 108 % of what they add: most of it is lost (worst: 108 % in block.0). "
-            "Choose a wider type under Diffusion in Low Bits, or a checkpoint in a wider type, before saving.",
+            "Choose a wider type under Diffusion in Low Bits, or a checkpoint in a wider type, before "
+            "saving.",
         ),
     ],
 )
