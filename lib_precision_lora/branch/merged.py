@@ -141,7 +141,7 @@ def write_merged(target: Tensor, original: Tensor, merge: Merge) -> None:
         for rows, columns, block in reader.blocks():
             rounded = block.to(target.dtype)
             finite &= rounded.isfinite().all()
-            _put(target, rows, columns, rounded.to(target.device))
+            put_block(target, rows, columns, rounded.to(target.device))
     if not bool(finite):
         raise NotRepresentable(f"a merged value is not finite in {target.dtype}")
 
@@ -175,7 +175,7 @@ def _give_room(shadow: Shadow) -> None:
         shadow.shadow.data = torch.empty_like(value, pin_memory=pinned)
 
 
-def _put(target: Tensor, rows: slice, columns: slice, block: Tensor) -> None:
+def put_block(target: Tensor, rows: slice, columns: slice, block: Tensor) -> None:
     """`target[rows, columns] = block`, the columns counted over all but the first axis; where not all of
     them, all rows."""
     width = target[0].numel()

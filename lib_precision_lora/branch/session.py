@@ -25,6 +25,7 @@ from lib_precision_lora.branch.compose import (
     out_of_memory,
     piece_bytes,
 )
+from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint, footprints
 from lib_precision_lora.branch.memo import Memo
@@ -71,6 +72,7 @@ class PatchSession:
         self._fitted = FittedAdapters()
         self._memo = Memo()
         self._stream = FactorStream()
+        self._patches: tuple[Patch, ...] = ()
 
     def apply(
         self, items: Sequence[PatchItem], compute: Compute = "auto", dense: DensePolicy = "branch"
@@ -107,11 +109,13 @@ class PatchSession:
         self._fitted.keep_used()
         self._memo.keep_used()
         self.overhead.watch(self._step())
+        self._patches = tuple(patches)
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were."""
         self._stream.forget()
         self.overhead.watch(None)
+        self._patches = ()
         _detach(self._attached, list(self._attached))
 
     def clear_merged(self) -> None:
@@ -140,13 +144,26 @@ class PatchSession:
         from the base. fitted: where adapters that are made to fit are kept, with those of the attached set
         where None. Raises `PatchError` as `apply_patches` does.
         """
-        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
         model = self._living_model()
         fitted = self._fitted if fitted is None else fitted
+        shadows = self._standing_shadows()
         weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
         merged = merged_modules(model, weights, compute, dense)
         return footprints(weights, Arithmetic.of(product, device), merged)
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The set that was applied last."""
+        return self._patches
+
+    def effective(self) -> dict[str, tuple[Site, EffectiveWeight]]:
+        """W_eff of every parameter that the applied set changes, by name; it holds the memory of the base.
+
+        Of what is shadowed or merged, the base is the original, and so is the site's parameter.
+        """
+        shadows = self._standing_shadows()
+        return effective_weights(self._living_model(), self._patches, self._fitted, shadows, self._memo)
 
     def place(
         self, device: torch.device, dtype: torch.dtype, resident: Collection[str] | None = None
@@ -232,13 +249,16 @@ class PatchSession:
         module = getattr(self._living_model(), self._timed, None) if beside and self._timed else None
         return module if isinstance(module, nn.Module) else None
 
+    def _standing_shadows(self) -> list[Shadow]:
+        """What stands in the place of the host's parameters."""
+        return [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
+
     def _wanted(
         self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy
     ) -> dict[str, tuple[Site, Piece]]:
         """What should stand where. The effective weights, which hold the memory of the base, end here."""
         model = self._living_model()
-        shadows = [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
-        weights = effective_weights(model, patches, self._fitted, shadows, self._memo)
+        weights = effective_weights(model, patches, self._fitted, self._standing_shadows(), self._memo)
         return make_attachments(model, weights, compute, dense)
 
     def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:

@@ -8,6 +8,7 @@ LoadedModel.model_unload  take the factors off the device with the model
 sampling_prepare          how large the image is, for the plan
 has_online_lora           no: it would add factors to what we have planned, and cast ours in place
 networks.load_networks    read files, report what cannot be applied, keep one patcher per checkpoint
+get_state_dict_after_quant, save_unet, save_checkpoint     `saving.py`
 cached_params             text conditioning is cached by our settings and file versions as well
 
 What one generation does differently, and what is swapped for it: `generation_overrides.py`.
@@ -35,6 +36,7 @@ from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
+from lib_precision_lora.host.saving import Saving
 from lib_precision_lora.host.settings import Settings, read_settings
 from lib_precision_lora.ui.choices import OURS
 
@@ -50,6 +52,7 @@ class ForgeBinding:
     def __init__(self) -> None:
         import networks
         from backend import memory_management, utils
+        from backend.diffusion_engine.base import ForgeDiffusionEngine
         from backend.patcher import base, lora
         from modules import processing, sd_models, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 
@@ -87,6 +90,7 @@ class ForgeBinding:
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
+            *Saving(self._sessions).replacements(utils, ForgeDiffusionEngine),
         ]
         self.overrides = GenerationOverrides(lambda: read_settings(shared.opts))
 

@@ -20,11 +20,18 @@ from lib_precision_lora.adapters import (
     from_forge_patch,
     row_order,
 )
-from lib_precision_lora.branch import DensePolicy, Patch, PatchError, PatchMemoryError, PatchSession
+from lib_precision_lora.branch import (
+    DensePolicy,
+    EffectiveWeight,
+    Patch,
+    PatchError,
+    PatchMemoryError,
+    PatchSession,
+)
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.overhead import OverheadMeter
-from lib_precision_lora.branch.sites import find_site
+from lib_precision_lora.branch.sites import Site, find_site
 from lib_precision_lora.host.matching import target_shape
 from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -157,6 +164,16 @@ class HostedSession:
         if self._session.merged:
             self._signature = None
             self._session.clear_merged()
+
+    def effective(self) -> Mapping[str, tuple[Site, EffectiveWeight]]:
+        """What is attached, by parameter (`PatchSession.effective`)."""
+        return self._session.effective()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files that are attached, in prompt order."""
+        patches = (patch for patch in self._session.patches if not patch.changes_nothing)
+        return tuple(dict.fromkeys(patch.source for patch in patches))
 
     @property
     def attached(self) -> tuple[str, ...]:

@@ -3,9 +3,12 @@
     weight = stored_weight(module.weight, module)
     block = weight.rows(0, 128)          # fp32, [128, in], on the device of the bytes
 
-See `StoredWeight` for what every format offers and `recognise.py` for the formats.
+`encode` goes the other way, for files. See `StoredWeight` for what every format offers and `recognise.py`
+for the formats.
 """
 
+from .encode import encode
+from .encoded import Encoded
 from .gguf import gguf_weight
 from .gguf_parameter import GGUFParameter
 from .recognise import stored_weight
@@ -13,10 +16,12 @@ from .weight import StorageError, StoredWeight
 from .widened import WidenedWeight, widened
 
 __all__ = [
+    "Encoded",
     "GGUFParameter",
     "StorageError",
     "StoredWeight",
     "WidenedWeight",
+    "encode",
     "gguf_weight",
     "stored_weight",
     "widened",

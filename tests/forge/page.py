@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,24 @@ class Page:
         self._page.locator("#txt2img_interrupt").wait_for(state="hidden")
         messages = self._page.locator("#html_log_txt2img .comments")
         return messages.inner_text() if messages.count() else ""
+
+    def save(self, what: str, filename: str, fails: bool = False) -> str:
+        """Press "Save UNet" or "Save Checkpoint" and wait for the end; what the page then shows in a corner.
+
+        fails: whether the end is an error, which is shown there.
+        """
+        self._page.get_by_role("tab", name="Checkpoint Merger", exact=True).click()
+        self._page.get_by_label("Filename (will save").fill(filename)
+        self._page.get_by_role("button", name=f"Save {what}", exact=True).click()
+        toasts = self._page.locator(".toast-body")
+        if fails:
+            toasts.first.wait_for()
+        else:
+            self._page.get_by_text(re.compile(f"^Saved {what} at: .*{re.escape(filename)}$", re.I)).wait_for()
+        messages = toasts.all_inner_texts()
+        for _ in messages:
+            self._page.locator(".toast-close").first.click()
+        return "\n".join(messages)
 
     def reload_server(self) -> None:
         """Press "Reload UI"; the page comes back by itself."""

@@ -33,6 +33,11 @@ def set_attr_raw(obj: Any, attr: str, value: Any) -> None:
     setattr(parent, name, value)
 
 
+def get_state_dict_after_quant(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Copies, so that tensors which stand at several places can be saved."""
+    return {prefix + name: value.clone() for name, value in model.state_dict().items()}
+
+
 def tensor2parameter(x: Tensor) -> nn.Parameter:
     return x if isinstance(x, nn.Parameter) else nn.Parameter(x, requires_grad=False)
 

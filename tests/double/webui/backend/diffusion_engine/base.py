@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import safetensors.torch
+from backend import utils
+
 
 class ForgeObjects:
     """The patchers of one checkpoint that are in use."""
@@ -13,3 +16,27 @@ class ForgeObjects:
 
     def shallow_copy(self) -> ForgeObjects:
         return ForgeObjects(self.unet, self.clip, self.vae, self.clipvision)
+
+
+class ForgeDiffusionEngine:
+    """A checkpoint that is loaded."""
+
+    forge_objects: ForgeObjects
+
+    def save_unet(self, filename: str) -> str:
+        state = utils.get_state_dict_after_quant(self.forge_objects.unet.model.diffusion_model)
+        safetensors.torch.save_file(state, filename)
+        return filename
+
+    def save_checkpoint(self, filename: str) -> str:
+        objects = self.forge_objects
+        parts = {
+            "model.diffusion_model.": objects.unet.model.diffusion_model,
+            "text_encoders.": objects.clip.cond_stage_model,
+            "vae.": objects.vae.first_stage_model,
+        }
+        state: dict[str, Any] = {}
+        for prefix, part in parts.items():
+            state |= utils.get_state_dict_after_quant(part, prefix=prefix)
+        safetensors.torch.save_file(state, filename)
+        return filename

@@ -1,0 +1,205 @@
+"""Saving a checkpoint while LoRAs are active: the base with the LoRAs merged, as the host would without us.
+
+get_state_dict_after_quant     the host's own result; what our LoRAs change in it is `round(W_eff)`
+save_unet, save_checkpoint     the file appears when it is whole; page and log say what was lost
+
+A GGUF parameter is written dense wherever LoRAs are saved: the host writes its bytes without their type,
+which nothing can load. What no LoRA changes has the bytes that the host gives it, and names are the host's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib_precision_lora.branch.rounding import rounded
+from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.notices import name_of
+from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.report.saved import Saved
+from lib_precision_lora.storage import StorageError, encode, stored_weight
+
+logger = logging.getLogger("lib_precision_lora")
+
+StateDict = dict[str, Tensor]
+SAVES = ("save_unet", "save_checkpoint")
+
+
+class SavingError(RuntimeError):
+    """Nothing was saved; the message says why."""
+
+
+class Saving:
+    """What is swapped of the host's saving.
+
+    sessions: those that there are, by model. Nothing is attached, taken off, moved or written in a model.
+    """
+
+    def __init__(self, sessions: Mapping[nn.Module, HostedSession]) -> None:
+        self._sessions = sessions
+        self._writing = threading.local()  # its `saved` is that of the file which this thread writes now
+
+    def replacements(self, utils: Any, engine: type) -> list[Replacement]:
+        """utils: the host's module; engine: the base of its checkpoints, some of which save in their own
+        way."""
+        return [
+            Replacement(utils, "get_state_dict_after_quant", self._make_state_dict),
+            *(
+                Replacement(owner, name, self._make_save)
+                for owner in (engine, *_subclasses(engine))
+                for name in SAVES
+                if name in vars(owner)
+            ),
+        ]
+
+    def _make_state_dict(self, host_state_dict: Callable[..., StateDict]) -> Callable[..., StateDict]:
+        def get_state_dict_after_quant(model: nn.Module, prefix: str = "") -> StateDict:
+            state: StateDict = host_state_dict(model, prefix)
+            saved = self._present()
+            if saved is None and not any(True for _ in self._attached(model)):
+                return state
+            part = Saved()
+            for root, session in self._attached(model):
+                _put_effective(state, model, prefix, root, session, part)
+            _unpack(state, model, prefix, part)
+            if saved is None:
+                _tell(part)
+            else:
+                saved.add(part)
+            return state
+
+        return get_state_dict_after_quant
+
+    def _make_save(self, host_save: Callable[..., Any]) -> Callable[..., Any]:
+        def save(engine: Any, filename: Any) -> Any:
+            if self._present() is not None or not self._anything_attached(engine):
+                return host_save(engine, filename)
+            partial, saved = f"{filename}.part", Saved()
+            self._writing.saved = saved
+            try:
+                path = host_save(engine, partial)
+                if path == partial:
+                    os.replace(partial, filename)
+                    path = filename
+            except Exception as error:
+                logger.exception("saving with LoRAs failed")
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise _as_the_page_shows_it(f"Nothing was saved: {reason}") from error
+            finally:
+                self._writing.saved = None
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(partial)
+            _tell(saved)
+            return path
+
+        return save
+
+    def _present(self) -> Saved | None:
+        """Of the file that is written now, by functions of the host that may call each other."""
+        return getattr(self._writing, "saved", None)
+
+    def _attached(self, module: nn.Module) -> Iterator[tuple[nn.Module, HostedSession]]:
+        """Where something stands on this module, or in a model that it is part of, or that is part of it."""
+        for root, session in self._sessions.items():
+            if session.attached and (_is_within(root, module) or _is_within(module, root)):
+                yield root, session
+
+    def _anything_attached(self, engine: Any) -> bool:
+        objects = engine.forge_objects
+        models = [objects.unet.model, *([] if objects.clip is None else [objects.clip.cond_stage_model])]
+        return any(True for model in models for _ in self._attached(model))
+
+
+def _subclasses(engine: type) -> Iterator[type]:
+    for subclass in engine.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _is_within(root: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is a model itself, or a part of it."""
+    return any(child is module for child in root.modules())
+
+
+def _put_effective(
+    state: StateDict, model: nn.Module, prefix: str, root: nn.Module, session: HostedSession, saved: Saved
+) -> None:
+    """Exchange what the LoRAs on `root` change of this model's state. Raises `PatchError`."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(f"{prefix}{path}." if path else prefix)
+    for name, (site, effective) in session.effective().items():
+        owner = root.get_submodule(name.rpartition(".")[0])
+        places = [place for module in {site.module, owner} for place in paths.get(module, ())]
+        if not places:
+            continue
+        result = rounded(name, site, effective)
+        for place in places:
+            _exchange(state, place, result.entries, name)
+        saved.losses.append(result.loss)
+    saved.sources.update(dict.fromkeys(name_of(source) for source in session.sources))
+    saved.host_layers += sum(session.host_layers.values())
+
+
+def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved) -> None:
+    """Write every GGUF parameter dense that is not so already."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or getattr(parameter, "gguf_cls", None) is None:
+                continue
+            place = f"{prefix}{path}." if path else prefix
+            stored = stored_weight(parameter, module)
+            saved.unpacked += 1
+            if not state[place + attribute].is_floating_point():
+                with torch.no_grad():
+                    encoded = encode(module, attribute, parameter, stored.dense())
+                _exchange(state, place, encoded.entries, place + attribute)
+
+
+def _exchange(state: StateDict, place: str, entries: Mapping[str, Tensor], name: str) -> None:
+    """Nothing comes in under a name that the host's own file would not have."""
+    for key, value in entries.items():
+        if place + key not in state:
+            raise StorageError(
+                f"layer {name}: its {key} is not among what this WebUI saves; lower the strengths of the "
+                "LoRAs, or store the checkpoint in a wider type"
+            )
+        state[place + key] = value
+
+
+def _tell(saved: Saved) -> None:
+    """To the log, and to the page where it has asked for this."""
+    if not saved.losses:
+        return
+    message, lost = saved.sentence, saved.most_is_lost
+    logger.log(logging.WARNING if lost else logging.INFO, "%s", message)
+    if _page_waits():
+        import gradio
+
+        (gradio.Warning if lost else gradio.Info)(f"Precision LoRA: {html.escape(message, quote=False)}")
+
+
+def _as_the_page_shows_it(message: str) -> Exception:
+    """The page shows the text of gradio's own exceptions alone."""
+    if not _page_waits():
+        return SavingError(message)
+    import gradio
+
+    return gradio.Error(f"Precision LoRA: {html.escape(message, quote=False)}")
+
+
+def _page_waits() -> bool:
+    """Whether this runs for a click in the page; elsewhere gradio would print what it is told."""
+    try:
+        from gradio.context import LocalContext
+    except ImportError:
+        return False
+    return LocalContext.blocks.get() is not None and LocalContext.event_id.get() is not None

@@ -1,0 +1,97 @@
+"""The buttons "Save UNet" and "Save Checkpoint" in the page of a running Forge, with a LoRA active."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from tests.forge.checkpoint import UNET, make_checkpoint, make_lora, save_lora
+from tests.forge.page import Page, chromium
+from tests.forge.real_forge import HOW_TO_RUN
+from tests.forge.test_webui import ROUNDING, VISIBLE
+from tests.forge.webui import WebUI
+
+PROMPT = "a cat <lora:strong:1>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint, a LoRA, and what is written; removed at the end, for pytest would keep it."""
+    root = os.environ.get("FORGE_ROOT")
+    if not root:
+        pytest.skip(HOW_TO_RUN)
+    folder = tmp_path_factory.mktemp("saving")
+    checkpoint = folder / "models/Stable-diffusion/small.safetensors"
+    make_checkpoint(Path(root).resolve(), checkpoint)
+    save_lora(folder / "models/Lora/strong.safetensors", make_lora(checkpoint, rank=8, seed=1))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def webui(folder: Path) -> Iterator[WebUI]:
+    root = Path(os.environ["FORGE_ROOT"]).resolve()
+    with WebUI(root, folder / "webui", folder / "models", extension=True) as server:
+        server.wait_until_ready()
+        server.post("options", {"sd_model_checkpoint": "small.safetensors"})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(webui: WebUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with chromium(tmp_path_factory.mktemp("browser")) as context:
+        page = Page(context, webui.url)
+        yield page
+        assert page.errors == []
+
+
+def test_a_checkpoint_that_is_saved_with_a_lora_makes_its_image_without_it(
+    webui: WebUI, page: Page, folder: Path
+) -> None:
+    checkpoints = folder / "models/Stable-diffusion"
+    base = webui.generate("a cat")
+    position = webui.log_position()
+    assert page.save("Checkpoint", "plain.safetensors") == ""
+    assert "Saved with" not in webui.log(position)
+    image = webui.generate(PROMPT)
+    assert image.difference(base) > VISIBLE
+    message = page.save("Checkpoint", "merged.safetensors")
+    assert "Saved with 1 LoRA (strong) merged into " in message
+    assert "costs less than 0.1 % of what they add." in message
+    page.screenshot("saved")
+    assert "Saved with 1 LoRA (strong) merged into " in webui.log(position)
+    assert webui.generate(PROMPT).png == image.png, "saving disturbs nothing"
+    files = {file.name for file in checkpoints.iterdir()}
+    assert files == {"small.safetensors", "plain.safetensors", "merged.safetensors"}
+    plain, merged = (
+        safetensors.torch.load_file(checkpoints / f"{name}.safetensors") for name in ("plain", "merged")
+    )
+    assert merged.keys() == plain.keys()
+    changed = [key for key in merged if not merged[key].equal(plain[key])]
+    assert any(key.startswith(UNET) for key in changed)
+    assert any(not key.startswith(UNET) for key in changed), "and the text encoder"
+    assert len(changed) < len(merged)
+    webui.post("refresh-checkpoints", {})
+    webui.post("options", {"sd_model_checkpoint": "merged.safetensors"})
+    try:
+        again = webui.generate("a cat")
+        assert again.difference(image) <= ROUNDING
+    finally:
+        webui.post("options", {"sd_model_checkpoint": "small.safetensors"})
+
+
+def test_what_cannot_be_saved_is_said_in_the_page_and_leaves_no_file(
+    webui: WebUI, page: Page, folder: Path
+) -> None:
+    checkpoints = folder / "models/Stable-diffusion"
+    image = webui.generate(PROMPT)
+    (checkpoints / "taken").mkdir()
+    before = {file.name for file in checkpoints.iterdir()}
+    assert "Nothing was saved: IsADirectoryError" in page.save("UNet", "taken", fails=True)
+    assert {file.name for file in checkpoints.iterdir()} == before
+    assert webui.generate(PROMPT).png == image.png
