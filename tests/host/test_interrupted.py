@@ -17,7 +17,7 @@ from tests.host.buttons import INTERRUPT, SKIP, job
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import cats_and_dogs
 from tests.host.generation import distance, generate, load_checkpoint
-from tests.host.jobs import E4M3, FIRST, FP8, Jobs
+from tests.host.jobs import E4M3, FIRST, FP8, SECOND, Jobs
 from tests.host.loras import Active, LoraFile, exact_output
 from tests.host.observers import bases_of, branches, hooks_of, log_lines
 from tests.host.test_failures import failing_at
@@ -94,15 +94,17 @@ def test_whenever_it_is_pressed_each_model_has_all_or_nothing_and_the_next_image
         assert any(part in str(text) for text in shown), part
 
 
+@pytest.mark.parametrize("at", ["reading", "attaching"])
 def test_the_former_loras_are_not_left_on_where_the_new_ones_are_given_up(
-    host: Host, checkpoint: Checkpoint, files: Files
+    host: Host, checkpoint: Checkpoint, files: Files, at: str
 ) -> None:
     with job(host):
         generate(host, "a cat<lora:dogs:1>")
     assert branches(checkpoint.model)
-    with job(host, at=0):
+    with job(host, at=at):
         image = generate(host, "a cat<lora:cats:te=0:unet=1>")
-    assert [comment.split(":")[0] for comment in image.comments] == ["LoRA cats was left out"]
+    assert len(image.comments) == 1
+    assert "the generation was interrupted while it was being" in image.comments[0]
     assert distance(image, exact_output(checkpoint, "a cat")) < EXACT
     assert hooks_of(checkpoint.model) == 0
 
@@ -288,8 +290,19 @@ def test_a_skipped_image_and_a_stale_flag_do_not_keep_a_checkpoint_from_being_lo
         jobs.host.shared.state.skipped = True
         assert jobs.run(override=E4M3).storage == [FP8]
     jobs.host.shared.state.interrupted = True
+    jobs.host.shared.state.job_count = 0
     jobs.run()
     assert jobs.loads == [(FIRST, FP8), (FIRST, None)]
+
+
+def test_hires_fix_of_a_skipped_image_has_the_checkpoint_that_it_asks_for(jobs: Jobs) -> None:
+    def skip_and_go_on(p: Any) -> None:
+        jobs.host.shared.state.skipped = True
+        jobs.second_pass(p, SECOND)
+
+    with job(jobs.host):
+        jobs.run(during=skip_and_go_on)
+    assert jobs.loads == [(SECOND, None)]
 
 
 def test_the_first_checkpoint_of_all_is_loaded_whatever_was_pressed(jobs: Jobs) -> None:
