@@ -28,6 +28,7 @@ from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
 from lib_precision_lora.adapters.layouts import aliases, whole_norms
 from lib_precision_lora.adapters.target import Target
+from lib_precision_lora.ticks import Steps, Tick, untold
 
 SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".weight": ("weight", ""),
@@ -66,11 +67,14 @@ class AdapterFile(Mapping["str | Target", Adapter]):
         return len(self.adapters)
 
 
-def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] | None = None) -> AdapterFile:
+def read_adapters(
+    state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] | None = None, tick: Tick = untold
+) -> AdapterFile:
     """The adapters of a LoRA file.
 
     key_map: module name in the file → target in the model, as a host makes it (`Target.parse` says in
-    which forms). Without one, every module is taken under the name that the file gives it.
+    which forms). Without one, every module is taken under the name that the file gives it. tick: told
+    before each module, whose every number is looked at.
     Raises `AdapterError`, naming the layer, for one that is damaged: half a LoRA, zero rank, factors that
     do not meet, NaN or inf.
     """
@@ -78,7 +82,10 @@ def read_adapters(state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] |
     unmatched: list[str] = []
     layouts: Counter[str] = Counter()
     whole = whole_norms(state_dict)
-    for name, keys in _by_module(state_dict).items():
+    modules = _by_module(state_dict)
+    step = Steps(len(modules), tick)
+    for name, keys in modules.items():
+        step()
         place = _target(name, key_map)
         if place is None:
             unmatched.extend(keys)

@@ -28,6 +28,7 @@ from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.shadow import Shadow, make_shadow
 from lib_precision_lora.branch.sites import Site, find_site
 from lib_precision_lora.storage import StorageError, StoredWeight, stored_weight, widened
+from lib_precision_lora.ticks import Step, uncounted
 
 Piece = Branch | Shadow | Merged
 """What stands at a module, or at a parameter."""
@@ -53,11 +54,13 @@ def effective_weights(
     shadows: Iterable[Shadow] = (),
     memo: Memo | None = None,
     begin: type[EffectiveWeight] = EffectiveWeight,
+    step: Step = uncounted,
 ) -> dict[str, tuple[Site, EffectiveWeight]]:
     """The effective weight of every parameter that a patch changes, by name.
 
     fitted: the adapters that former stacks have made to fit; shadows: those that stand in the model now;
-    memo: what former stacks have read from the base; begin: the kind of effective weight, real or a sketch.
+    memo: what former stacks have read from the base; begin: the kind of effective weight, real or a sketch;
+    step: told before each patch, whose norms and products are read from the base then.
     Raises `PatchError`, naming file and layer, for a patch that does not fit, or for which there is no
     memory.
     """
@@ -68,6 +71,7 @@ def effective_weights(
             stored[patch.target.parameter] = _stored(model, patch, stored, shadows)
     weights = {name: (site, begin.identity(base, memo, name)) for name, (site, base) in stored.items()}
     for patch in patches:
+        step()
         with _blamed(patch):
             site, running = weights[patch.target.parameter]
             if patch.base_factor != 1.0:
@@ -149,11 +153,16 @@ def make_attachments(
     weights: Mapping[str, tuple[Site, EffectiveWeight]],
     compute: Compute,
     dense: DensePolicy = "branch",
+    step: Step = uncounted,
 ) -> dict[str, tuple[Site, Piece]]:
-    """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name."""
+    """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name.
+
+    step: told before each parameter.
+    """
     attachments: dict[str, tuple[Site, Piece]] = {}
     alone = _Alone(model, weights, dense)
     for name, (site, effective) in weights.items():
+        step()
         path = name.rpartition(".")[0]
         if site.kind == "shadow":
             try:

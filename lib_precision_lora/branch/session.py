@@ -40,6 +40,7 @@ from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
 from lib_precision_lora.branch.undo import Undo, run_all, run_back
+from lib_precision_lora.ticks import Step, Steps, Tick, untold
 
 logger = logging.getLogger(__name__)
 
@@ -87,20 +88,31 @@ class PatchSession:
         return applied
 
     def apply_patches(
-        self, patches: Sequence[Patch], compute: Compute = "auto", dense: DensePolicy = "branch"
+        self,
+        patches: Sequence[Patch],
+        compute: Compute = "auto",
+        dense: DensePolicy = "branch",
+        tick: Tick = untold,
     ) -> None:
-        """`apply`, for patches whose parameters are resolved already."""
+        """`apply`, for patches whose parameters are resolved already.
+
+        tick: what it raises leaves everything as it was, too; what was read from the base until then is kept
+        for the next time.
+        """
         self._stream.forget()
         undo: Undo = []
+        # each patch is read once; each parameter is made ready once, and put in its place
+        step = Steps(len(patches) + 2 * len({patch.target.parameter for patch in patches}), tick)
         before = dict(self._attached)
         try:
             for name, here in before.items():
                 if isinstance(here.piece, Merged) and not here.piece.stands:
                     self._remove(name, undo)
-            wanted = self._wanted(patches, compute, dense)
+            wanted = self._wanted(patches, compute, dense, step)
             for name in [name for name in self._attached if name not in wanted]:
                 self._remove(name, undo)
             for name, (site, piece) in wanted.items():
+                step()
                 with memory_for(name, piece_bytes(piece)):
                     self._put(name, site.module, piece, undo)
         except BaseException:
@@ -108,7 +120,7 @@ class PatchSession:
             raise
         self._fitted.keep_used()
         self._memo.keep_used()
-        self.overhead.watch(self._step())
+        self.overhead.watch(self._timed_module())
         self._patches = tuple(patches)
 
     def clear(self) -> None:
@@ -166,27 +178,35 @@ class PatchSession:
         return effective_weights(self._living_model(), self._patches, self._fitted, shadows, self._memo)
 
     def place(
-        self, device: torch.device, dtype: torch.dtype, resident: Collection[str] | None = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: Collection[str] | None = None,
+        tick: Tick = untold,
     ) -> None:
         """Bring the factors to where forwards on this device, with activations of this type, expect them.
 
         resident: the modules whose factors stay on the device, all where None; the others' stay in RAM and
         are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory; the device
-        then holds no factors at all.
+        then holds no factors at all. tick: what it raises leaves the rest to their next forward.
         """
         device = torch.empty(0, device=device).device  # with the index that inputs have
         pieces = [(name, here.piece) for name, here in self._attached.items()]
         branches = [(name, p) for name, p in pieces if isinstance(p, WeightBranch) and p.placeable]
+        step = Steps(len(branches), tick)
         for name, branch in branches:
-            branch.spare = None  # here the whole set falls back, by the caller, or none of it
+            branch.spare = self._stream
             branch.reside(None if resident is None or name in resident else self._stream)
+        for name, branch in branches:
+            step()
+            branch.spare = None  # here the whole set falls back, by the caller, or none of it
             try:
                 branch.ready(device, dtype)
             except torch.cuda.OutOfMemoryError as error:
                 self.release()
                 raise out_of_memory(name, branch.factor_bytes, error) from error
-        for _, branch in branches:
-            branch.spare = self._stream
+            finally:
+                branch.spare = self._stream
 
     @property
     def streamed(self) -> tuple[str, ...]:
@@ -243,7 +263,7 @@ class PatchSession:
             raise ReferenceError("the model of this session is gone")
         return model
 
-    def _step(self) -> nn.Module | None:
+    def _timed_module(self) -> nn.Module | None:
         """The module whose forwards are measured: none where nothing runs beside another."""
         beside = any(not isinstance(here.piece, Shadow | Merged) for here in self._attached.values())
         module = getattr(self._living_model(), self._timed, None) if beside and self._timed else None
@@ -254,12 +274,13 @@ class PatchSession:
         return [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
 
     def _wanted(
-        self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy
+        self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy, step: Step
     ) -> dict[str, tuple[Site, Piece]]:
         """What should stand where. The effective weights, which hold the memory of the base, end here."""
         model = self._living_model()
-        weights = effective_weights(model, patches, self._fitted, self._standing_shadows(), self._memo)
-        return make_attachments(model, weights, compute, dense)
+        shadows = self._standing_shadows()
+        weights = effective_weights(model, patches, self._fitted, shadows, self._memo, step=step)
+        return make_attachments(model, weights, compute, dense, step)
 
     def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         """Bring one place from what stands there to `piece`, and say how to undo it."""

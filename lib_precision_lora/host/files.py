@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,9 +13,19 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from lib_precision_lora.host.progress import Interrupted, Stage, unshown
+from lib_precision_lora.ticks import Tick
+
+CHUNK_BYTES = 16 * 2**20
+"""What is read between one tick and the next: a fraction of a second, also from a slow disk."""
+
 
 class FileProblem(ValueError):
     """A LoRA file that cannot be applied: one sentence that names it."""
+
+
+class FileInterrupted(FileProblem):
+    """A LoRA file that the user did not wait for: nothing is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +50,23 @@ class LoraFiles:
     """State dicts by version of the file, within a bound of RAM; the least recently used one goes first.
 
     read_other: how the host reads what is no safetensors file (`.pt`, `.ckpt`); limit: the bound in bytes,
-    asked for at each reading.
+    asked for at each reading; stage: where it is shown.
     """
 
     def __init__(
-        self, read_other: Callable[[str], Mapping[str, Tensor]], limit: Callable[[], int] = lambda: 2**30
+        self,
+        read_other: Callable[[str], Mapping[str, Tensor]],
+        limit: Callable[[], int] = lambda: 2**30,
+        stage: Stage = unshown,
     ) -> None:
         self._read_other = read_other
         self._limit = limit
+        self._stage = stage
         self._kept: OrderedDict[Stamp, Mapping[str, Tensor]] = OrderedDict()
 
     def read(self, stamp: Stamp) -> Mapping[str, Tensor]:
-        """The tensors of the file, on the CPU. Raises `FileProblem` for what cannot be read.
+        """The tensors of the file, on the CPU. Raises `FileProblem` for what cannot be read, and lets
+        `Interrupted` pass.
 
         The bytes are copied, not mapped: a mapped file cannot be written over on Windows, and a training
         that writes over it elsewhere would change tensors in use.
@@ -60,10 +76,14 @@ class LoraFiles:
             return self._kept[stamp]
         name = Path(stamp.path).name
         try:
-            if stamp.path.lower().endswith(".safetensors"):
-                state_dict: Mapping[str, Tensor] = safetensors.torch.load(Path(stamp.path).read_bytes())
-            else:
-                state_dict = self._read_other(stamp.path)
+            with self._stage(f"LoRA {Path(name).stem}: reading") as tick:
+                if name.lower().endswith(".safetensors"):
+                    state_dict: Mapping[str, Tensor] = safetensors.torch.load(content_of(stamp, tick))
+                else:
+                    tick(0, 0)
+                    state_dict = self._read_other(stamp.path)
+        except Interrupted:
+            raise
         except safetensors.SafetensorError as error:
             raise FileProblem(
                 f"{name} is no complete safetensors file ({error}): download or copy it again"
@@ -87,3 +107,21 @@ class LoraFiles:
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+def content_of(stamp: Stamp, tick: Tick) -> bytes:
+    """The bytes of this version of a file; fewer, where it has been cut off since.
+
+    They exist once: a `BytesIO` that is filled in place hands out its own memory.
+    """
+    content = io.BytesIO(bytes(stamp.size))
+    done = 0
+    with open(stamp.path, "rb", buffering=0) as file, content.getbuffer() as room:
+        while done < stamp.size:
+            tick(done, stamp.size)
+            read = file.readinto(room[done : done + CHUNK_BYTES])
+            if not read:
+                break
+            done += read
+    content.truncate(done)
+    return content.getvalue()

@@ -28,10 +28,11 @@ from torch import nn
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
-from lib_precision_lora.host.hosted import HostedSession, source_of
+from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, source_of
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.progress import Progress
 from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
@@ -59,7 +60,8 @@ class ForgeBinding:
         self._shared = shared
         self._memory_management = memory_management
         self._host_refresh = lora.LoraLoader.refresh
-        self._failures = 0  # conditioning that was computed with one before it is not used after it
+        self._incomplete = 0  # conditioning that was computed before a text encoder lacked something
+        self.progress = Progress(lambda: shared.state)
         self.notices = Notices(
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
@@ -74,11 +76,14 @@ class ForgeBinding:
             lambda: [
                 each for each in patchers_of(sd_models.model_data.get_sd_model()) if self._follows(each)
             ],
+            self.progress.stage,
         )
         files = LoraFiles(
-            lambda path: utils.load_torch_file(path, safe_load=True), lambda: self.settings().cache_bytes
+            lambda path: utils.load_torch_file(path, safe_load=True),
+            lambda: self.settings().cache_bytes,
+            self.progress.stage,
         )
-        self.loader = NetworkLoader(files, self.notices, self.record)
+        self.loader = NetworkLoader(files, self.notices, self.record, self.progress)
         self._replacements = [
             Replacement(lora.LoraLoader, "refresh", self._make_refresh),
             Replacement(memory_management, "load_models_gpu", self._make_load_models),
@@ -92,7 +97,7 @@ class ForgeBinding:
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
             *Saving(self._sessions).replacements(utils, ForgeDiffusionEngine),
         ]
-        self.overrides = GenerationOverrides(lambda: read_settings(shared.opts))
+        self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
 
     def settings(self) -> Settings:
         """The user's, with what the generation that runs overrides."""
@@ -175,7 +180,6 @@ class ForgeBinding:
             session = self._session(model)
             left_out = self.memory.left_out(model)
             if left_out:
-                self._failures += 1
                 fitting = (key for key in lora_patches if source_of(key) not in left_out)
                 lora_patches = {key: lora_patches[key] for key in fitting}
 
@@ -184,7 +188,8 @@ class ForgeBinding:
 
             started = time.perf_counter()
             try:
-                problems = session.follow(model, lora_patches, settings.arithmetic, merge)
+                with self.progress.stage("attaching LoRAs") as tick:
+                    problems = session.follow(model, lora_patches, settings.arithmetic, merge, tick)
             except Exception as error:  # out of here, it would leave the host's list of loaded models wrong
                 logger.exception("following the WebUI's LoRAs failed")
                 session.clear()
@@ -192,16 +197,19 @@ class ForgeBinding:
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
             record = self.record.present
             record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
+            if (left_out or problems) and not hasattr(model, "diffusion_model"):
+                self._incomplete += 1
             for problem in problems:
-                self._failures += 1
-                self._left_out(problem.source, f"A LoRA was left out: {problem}")
+                failed = not isinstance(problem, AttachInterrupted)
+                self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
 
         return refresh
 
-    def _left_out(self, source: str | None, message: str) -> None:
-        """Tell page, log and report; source: the file as the host's patchers know it, None: all."""
+    def _left_out(self, source: str | None, message: str, failed: bool = True) -> None:
+        """Tell page, log and report; source: the file as the host's patchers know it, None: all; failed:
+        False where the user wanted it so."""
         self.record.present.problem(source, message)
-        self.notices.problem(source or "all", message)
+        self.notices.problem(source or "all", message, failed)
 
     def _session(self, model: nn.Module) -> HostedSession:
         if model not in self._sessions:
@@ -313,7 +321,7 @@ class ForgeBinding:
             settings = self.settings()
             versions = self.loader.versions if settings.enabled and settings.text_encoders else ()
             refused = tuple(self.memory.refused()) if versions else ()
-            ours = (settings.arithmetic, versions, self._failures, refused) if versions else ()
+            ours = (settings.arithmetic, versions, self._incomplete, refused) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)
             return (*host_params(processing, *args, **kwargs), ours, overridden)
 

@@ -25,6 +25,7 @@ from lib_precision_lora.host.override import (
     offered,
     requests,
 )
+from lib_precision_lora.host.progress import Progress
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.settings import COMPUTE_MODES, Settings
 from lib_precision_lora.ui.choices import AS_SET, OURS, STOCK_ONLINE
@@ -51,17 +52,18 @@ class GenerationOverrides:
 
     manage_model_and_prompt_cache  the override begins: its first step after `before_process`
     process_images_inner           it ends
-    forge_model_reload             the checkpoint is loaded in the storage type of the override
+    forge_model_reload             the checkpoint is loaded in the storage type of the override; not at all
+                                   where the user has interrupted the generation before that
     set_config                     a storage type in `override_settings` is an override, and no option
     """
 
-    def __init__(self, settings: Callable[[], Settings]) -> None:
-        """settings: the user's own."""
+    def __init__(self, settings: Callable[[], Settings], progress: Progress) -> None:
+        """settings: the user's own; progress: where loading a checkpoint is shown."""
         from backend import args
         from modules import processing, sd_models, shared
         from modules_forge import main_entry
 
-        self._settings = settings
+        self._settings, self._progress = settings, progress
         self._sd_models, self._shared, self._main_entry = sd_models, shared, main_entry
         self._dynamic_args = args.dynamic_args
         self._running: list[tuple[Any, Generation]] = []
@@ -151,13 +153,18 @@ class GenerationOverrides:
             data = self._sd_models.model_data
             if data.sd_model is None:  # loading has failed, and the host believes in the former one
                 data.forge_hash = ""
+            if self._running and self._progress.interrupted and _is_checkpoint(data.sd_model):
+                return data.sd_model, False  # of which the host makes no image any more
             own = data.forge_loading_parameters
             parameters = self._loading_parameters(own)
             if parameters is own:
-                return host_reload()
+                with self._shown(own, "as set"):
+                    return host_reload()
             data.forge_loading_parameters = parameters
+            low_bits = self._running[-1][1].wanted.low_bits
             try:
-                return host_reload()
+                with self._shown(parameters, f"in {low_bits} for this generation"):
+                    return host_reload()
             except Exception as error:
                 logger.exception("loading the checkpoint in the storage type of this generation failed")
                 data.forge_hash = ""
@@ -169,9 +176,20 @@ class GenerationOverrides:
                 self._dynamic_args[OPTION] = own.get("unet_storage_dtype")
                 if data.forge_loading_parameters is parameters:
                     data.forge_loading_parameters = own
-            return host_reload()
+            with self._shown(own, "as set"):
+                return host_reload()
 
         return forge_model_reload
+
+    @contextmanager
+    def _shown(self, parameters: dict[str, Any], how: str) -> Iterator[None]:
+        """While the host loads the checkpoint with these parameters, if it does. Its loader cannot be
+        interrupted in the middle."""
+        if not self._running or self._sd_models.model_data.forge_hash == str(parameters):
+            yield
+            return
+        with self._progress.whole(f"loading the checkpoint {how}"):
+            yield
 
     def _begin(self, p: Any) -> Generation:
         """The generation of this processing object, before its checkpoint is loaded."""
@@ -230,6 +248,11 @@ class GenerationOverrides:
         generation.refused = generation.failed.get(str(parameters)) or objection(checkpoint, storage)
         _tell_refusal(p, generation)
         return own if generation.refused else parameters
+
+
+def _is_checkpoint(engine: Any) -> bool:
+    """Before the first one is loaded, the host has something that only looks like one."""
+    return hasattr(engine, "forge_objects_original")
 
 
 def _tell_refusal(p: Any, generation: Generation) -> None:

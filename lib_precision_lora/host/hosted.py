@@ -33,14 +33,20 @@ from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.overhead import OverheadMeter
 from lib_precision_lora.branch.sites import Site, find_site
 from lib_precision_lora.host.matching import target_shape
+from lib_precision_lora.host.progress import Interrupted
 from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.storage import StorageError
+from lib_precision_lora.ticks import Tick, untold
 
 logger = logging.getLogger("lib_precision_lora")
 
 HostPatches = Mapping[Any, Mapping[str, Sequence[Sequence[Any]]]]
 """The host's `lora_patches`: identifier → parameter → [strength, value, base factor, offset, function]."""
+
+
+class AttachInterrupted(PatchError):
+    """A source that the user did not wait for: nothing is wrong with it."""
 
 
 class HostedSession:
@@ -76,11 +82,13 @@ class HostedSession:
         host_patches: HostPatches,
         arithmetic: Arithmetic,
         merge: Callable[[HostPatches], None],
+        tick: Tick = untold,
     ) -> Sequence[PatchError]:
         """Bring the model to these patches; nothing happens where nothing has changed.
 
         merge: the host's own way, given the patches that are not ours, to be done whether or not their
-        identifiers are those of the last time. Returns the reason for each source that is left out.
+        identifiers are those of the last time. Returns the reason for each source that is left out; where
+        tick raises `Interrupted`, all of them are.
         """
         signature = arithmetic, *_flat(host_patches)
         if signature == self._signature:
@@ -97,7 +105,10 @@ class HostedSession:
             problems += self._merge(theirs, merge)
         left_out = {problem.source for problem in problems}
         ours = [patch for patch in ours if patch.source not in left_out]
-        self._problems = [*problems, *self._apply(model, ours, arithmetic)]
+        try:
+            self._problems = [*problems, *self._apply(model, ours, arithmetic, tick)]
+        except Interrupted:
+            self._problems = [*problems, *self._take_off(host_patches, left_out, merge)]
         self._signature = signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
@@ -122,9 +133,15 @@ class HostedSession:
             self._sketched = signature, sketched
         return self._sketched[1]
 
-    def place(self, device: torch.device, dtype: torch.dtype, resident: frozenset[str] | None) -> None:
+    def place(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: frozenset[str] | None,
+        tick: Tick = untold,
+    ) -> None:
         """Bring the factors to where forwards expect them (`PatchSession.place`)."""
-        self._session.place(device, dtype, resident)
+        self._session.place(device, dtype, resident, tick)
 
     @property
     def placed_bytes(self) -> int:
@@ -201,14 +218,28 @@ class HostedSession:
         self._theirs = _flat(theirs)
         return []
 
-    def _apply(self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic) -> list[PatchError]:
+    def _take_off(
+        self, host_patches: HostPatches, left_out: set[str | None], merge: Callable[[HostPatches], None]
+    ) -> list[AttachInterrupted]:
+        """Leave the model without any LoRA, be it of these patches or of the former ones."""
+        self._session.clear()
+        if self._theirs:
+            self._merge({}, merge)
+        self.host_layers = {}
+        reason = "the generation was interrupted while it was being attached; the next one attaches it"
+        sources = dict.fromkeys(source_of(identifier) for identifier in host_patches)
+        return [AttachInterrupted(f"{each}: {reason}", each) for each in sources if each not in left_out]
+
+    def _apply(
+        self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic, tick: Tick
+    ) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
         one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
         dense, released = _policy(model, arithmetic), False
         while True:
             try:
-                self._session.apply_patches(patches, arithmetic.compute, dense)
+                self._session.apply_patches(patches, arithmetic.compute, dense, tick)
                 if self._session.merged:
                     logger.info("%d layers are merged", len(self._session.merged))
                 return problems
@@ -223,6 +254,8 @@ class HostedSession:
                 # a new error: the raised one's traceback would keep the model alive
                 problems.append(PatchError(message, source))
                 patches = [patch for patch in patches if source is not None and patch.source != source]
+            except Interrupted:
+                raise
             except Exception as error:
                 logger.exception("attaching LoRAs failed")
                 self._session.clear()

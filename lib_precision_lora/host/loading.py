@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from lib_precision_lora.adapters.architectures import by_kind, describe_leftover
-from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
+from lib_precision_lora.host.files import FileInterrupted, FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.patchers import KeptPatchers
+from lib_precision_lora.host.progress import Interrupted, Progress
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.report import FileReport
 
@@ -34,8 +35,9 @@ class NetworkLoader:
     conditioning.
     """
 
-    def __init__(self, files: LoraFiles, notices: Notices, record: Record) -> None:
+    def __init__(self, files: LoraFiles, notices: Notices, record: Record, progress: Progress) -> None:
         self._files = files
+        self._progress = progress
         self._notices = notices
         self._record = record
         self._patchers: weakref.WeakKeyDictionary[Any, KeptPatchers] = weakref.WeakKeyDictionary()
@@ -80,7 +82,7 @@ class NetworkLoader:
                 stamp, match, network = self._read(engine, name)
             except FileProblem as problem:
                 sentence = f"LoRA {name} was left out: {problem}"
-                self._notices.problem(name, sentence)
+                self._notices.problem(name, sentence, failed=not isinstance(problem, FileInterrupted))
                 self._record.present.add(FileReport(name, unet, te, problem=sentence))
                 versions.append(None)
                 continue
@@ -139,10 +141,16 @@ class NetworkLoader:
             match = self._match(engine, on_disk.name, stamp)
             network = networks.load_network(name, on_disk)
             network.mentioned_name = name
-            on_disk.read_hash()
+            if not on_disk.hash:
+                with self._progress.whole(f"LoRA {name}: computing its hash", logged=False):
+                    on_disk.read_hash()
             return stamp, match, network
         except FileProblem:
             raise
+        except Interrupted as interrupted:
+            raise FileInterrupted(
+                "the generation was interrupted while it was being read; the next one reads it again"
+            ) from interrupted
         except Exception as error:
             logger.exception("reading LoRA %s failed", name)
             raise FileProblem(
@@ -162,7 +170,9 @@ class NetworkLoader:
         clip = None
         if original.clip is not None:
             clip = self._key_map(original.clip.cond_stage_model, lora.model_lora_keys_clip)
-        return match_file(name, self._files.read(stamp), unet, clip, lora.load_lora)
+        state_dict = self._files.read(stamp)
+        with self._progress.stage(f"LoRA {name}: checking") as tick:
+            return match_file(name, state_dict, unet, clip, lora.load_lora, tick)
 
     def _key_map(self, model: nn.Module, make: Callable[..., Mapping[str, Any]]) -> KeyMap:
         """The host's names for a model's parameters, made in a dictionary of its own: the host's default

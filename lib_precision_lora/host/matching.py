@@ -25,6 +25,7 @@ from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.storage import StorageError, stored_weight
+from lib_precision_lora.ticks import Tick, untold
 
 HostParser = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[dict[Any, Any], dict[str, Tensor]]]
 
@@ -78,9 +79,11 @@ def match_file(
     unet: KeyMap,
     text_encoder: KeyMap | None,
     host_parser: HostParser,
+    tick: Tick = untold,
 ) -> FileMatch:
     """The patches of a file for these models; what we do not read goes through the host's own parser.
 
+    tick: told before each layer, whose every number is looked at.
     Raises `FileProblem` where nothing matches, where what does not match is made for another architecture,
     and for what is damaged or has another shape.
     """
@@ -95,7 +98,7 @@ def match_file(
         found: dict[Any, Any] = {}
         if keys is not None:
             try:
-                file = read_adapters(rest, keys.names)
+                file = read_adapters(rest, keys.names, tick)
             except AdapterError as error:
                 raise FileProblem(f"it cannot be applied: {error}") from error
             for key, adapter in file.items():

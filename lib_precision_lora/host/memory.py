@@ -19,6 +19,7 @@ from torch import nn
 from lib_precision_lora.branch import PatchMemoryError
 from lib_precision_lora.host.budgeting import Budgeting, Patches, activation_type, without
 from lib_precision_lora.host.hosted import HostedSession, source_of
+from lib_precision_lora.host.progress import Interrupted, Stage, unshown
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -77,7 +78,7 @@ class MemoryPlanner:
 
     memory_management: the host's module; sessions: those that there are, by model; session: the one of a
     model, made where missing; settings: as they are now; tell: given a source that is left out, and why;
-    checkpoint: the patchers of the one that is loaded.
+    checkpoint: the patchers of the one that is loaded; stage: where placing is shown.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class MemoryPlanner:
         settings: Callable[[], Settings],
         tell: Callable[[str, str], None],
         checkpoint: Callable[[], Sequence[Any]] = tuple,
+        stage: Stage = unshown,
     ) -> None:
         self._host = memory_management
         self._session = session
@@ -96,6 +98,7 @@ class MemoryPlanner:
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._checkpoint = checkpoint
+        self._stage = stage
         self._positions: int | None = None
         self._granted_for: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
         self._measured: weakref.WeakKeyDictionary[nn.Module, Placed] = weakref.WeakKeyDictionary()
@@ -147,16 +150,19 @@ class MemoryPlanner:
             return
         device, dtype = patcher.load_device, activation_type(model)
         try:
-            try:
-                session.place(device, dtype, decided.resident)
-            except PatchMemoryError as error:
-                logger.warning("%s; trying once more with factors streamed from RAM", error)
-                session.place(device, dtype, frozenset())
+            with self._stage("placing LoRAs") as tick:
+                try:
+                    session.place(device, dtype, decided.resident, tick)
+                except PatchMemoryError as error:
+                    logger.warning("%s; trying once more with factors streamed from RAM", error)
+                    session.place(device, dtype, frozenset(), tick)
             self._seconds += time.perf_counter() - start
             self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
             self._log(patcher, decided)
         except PatchMemoryError as error:
             self._leave_out_all(patcher, decided, error)
+        except Interrupted:
+            pass  # the first forward places the rest, if there is one
         except Exception:  # the first forward places them as well
             logger.exception("placing LoRAs failed; please report it with the console's log")
 

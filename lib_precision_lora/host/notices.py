@@ -47,35 +47,45 @@ class Notices:
         self._generation = generation
         self._present: object = None
         self._problems: dict[str, str] = {}
+        self._failures: set[str] = set()
+        self._not_waited_for: set[str] = set()
         self._shown: set[str] = set()
         self._former_passes: list[str] = []
 
     def begin(self) -> None:
         """Forget the previous set's problems, but for those of this generation that nobody has seen."""
         self._former_passes = self.unshown()
+        self._not_waited_for |= {
+            source for message, source in self._problems.items() if message not in self._failures
+        }
         self._problems.clear()
+        self._failures.clear()
         self._shown.clear()
 
-    def problem(self, source: str, message: str) -> None:
+    def problem(self, source: str, message: str, failed: bool = True) -> None:
         """A file that was left out. source: its name or path, of which the name is shown; message: a
-        sentence with the reason, logged once."""
+        sentence with the reason, logged once; failed: False where the user wanted it so."""
         self._forget_former_generations()
         name = name_of(source)
         message, source = message.replace(source, name), name
         if message not in self._problems:
             logger.warning("%s", message)
             self._problems[message] = source
+        if failed:
+            self._failures.add(message)
 
     def show(self, comments: Any, parameters: dict[str, Any]) -> None:
         """Add what has come up to a generation's comments and to the parameters of its images.
 
-        comments: takes a sentence (`p.comment`, or a list's `append`).
+        comments: takes a sentence (`p.comment`, or a list's `append`). The parameters are those of all images
+        of a generation; what was left out of one that the user skipped is in the next one.
         """
         self._forget_former_generations()
-        if not self._problems:
-            return
-        present = [part for part in str(parameters.get(INFOTEXT_SKIPPED, "")).split(", ") if part]
-        parameters[INFOTEXT_SKIPPED] = ", ".join(dict.fromkeys([*present, *self._problems.values()]))
+        present = [part for part in str(parameters.pop(INFOTEXT_SKIPPED, "")).split(", ") if part]
+        lasting = [part for part in present if part not in self._not_waited_for]
+        skipped = dict.fromkeys([*lasting, *self._problems.values()])
+        if skipped:
+            parameters[INFOTEXT_SKIPPED] = ", ".join(skipped)
         for message in self._problems:
             comments(message)
         self._shown.update(self._problems)
@@ -90,11 +100,13 @@ class Notices:
         return messages
 
     def stop_if_any(self) -> None:
-        """Raise `GenerationStopped` if something was left out."""
+        """Raise `GenerationStopped` if something could not be applied. An interrupted generation ends by
+        itself, without an error."""
         self._forget_former_generations()
-        if self._problems:
-            problems = "; ".join(self._problems)
+        if self._failures:
+            problems = "; ".join(message for message in self._problems if message in self._failures)
             self._problems.clear()
+            self._failures.clear()
             raise GenerationStopped(
                 f"{problems}. The generation was stopped, as set under Settings > Precision LoRA"
             )
@@ -104,5 +116,7 @@ class Notices:
         if generation is not self._present:
             self._present = generation
             self._problems.clear()
+            self._failures.clear()
+            self._not_waited_for.clear()
             self._shown.clear()
             self._former_passes = []

@@ -66,5 +66,6 @@ REQUIREMENTS = (
         ("self", "required_prompts", "steps", "extra_network_data", "hires_steps", "use_old_scheduling"),
     ),
     Requirement("modules.shared", "opts"),
+    Requirement("modules.shared", "state"),
     *OVERRIDE_REQUIREMENTS,
 )

@@ -138,7 +138,7 @@ def test_with_the_extension_off_a_variant_is_the_hosts(jobs: Jobs, cats: LoraFil
         for low_bits, online in ((LOW, False), (f"{LOW} (fp16 LoRA)", True), (LOW, False)):
             jobs.run(text, Override(low_bits))
             assert bool(online_layers(jobs.host.current.model)) is online
-    assert lines == []
+    assert not [line for line in lines if "changes nothing" in line]
 
 
 def test_conditioning_is_computed_anew_where_the_storage_type_changes(jobs: Jobs, cats: LoraFile) -> None:

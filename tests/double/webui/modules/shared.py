@@ -71,7 +71,9 @@ opts = Options(
         "forge_unet_storage_dtype": OptionInfo("Automatic"),
     }
 )
-state = SimpleNamespace(interrupted=False, skipped=False, stopping_generation=False)
+state = SimpleNamespace(
+    interrupted=False, skipped=False, stopping_generation=False, job_count=0, textinfo=None
+)
 
 
 def walk_files(path: str, allowed_extensions: Any = None) -> Iterator[str]:
