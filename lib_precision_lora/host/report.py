@@ -39,7 +39,7 @@ class GenerationReport:
     number; planned_bytes and measured_bytes: LoRA factors on the card, None where nothing was planned;
     peak_bytes: the card's largest use, all included, None without a CUDA device;
     attach_seconds: time spent on following the prompt's LoRAs; problems: sentences; finished: False where
-    the generation was interrupted by an error.
+    the generation was interrupted, by the user or by an error.
     """
 
     files: tuple[FileReport, ...] = ()

@@ -78,7 +78,7 @@ def report(p: Any) -> None:
     low_bits = override.in_effect(p).low_bits
     if low_bits == AS_SET:
         low_bits = getattr(shared.opts, "forge_unet_storage_dtype", None)
-    done = GENERATIONS.end(p, low_bits)
+    done = GENERATIONS.end(p, low_bits, finished=not shared.state.interrupted)
     if done is not None:
         log_report(done)
 
