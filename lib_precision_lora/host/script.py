@@ -40,6 +40,7 @@ def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
     from lib_precision_lora.host import override
 
     GENERATIONS.begin(p)
+    infotext.begin(p)
     fields, problems = wanted(arguments, getattr(p, AXES, {}), override.low_bits_choices())
     for problem in problems:
         sentence = f"{problem}. The settings were used instead"
