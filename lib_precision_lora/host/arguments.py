@@ -41,11 +41,20 @@ def wanted(
     """The override's fields, and what is wrong with the arguments, which then count for nothing.
 
     axes: those that a plot sets, which go before the accordion's. No arguments at all are no mistake: another
-    extension's generation may have none.
+    extension's generation may have none. A choice that is not there (any more: a page may have been open
+    since before) is passed on: `override.offered` leaves it out alone, and says so.
     """
-    fields: dict[str, str] = {}
-    wrong = problems(arguments, low_bits_choices) if arguments else []
-    if arguments and not wrong and arguments[0]:
-        patcher = arguments[3] if len(arguments) > FEWEST else OURS
-        fields = {"low_bits": arguments[1], "compute": arguments[2], "patcher": patcher}
-    return {**fields, **axes}, wrong
+    if not arguments or not _well_formed(arguments):
+        return dict(axes), problems(arguments, low_bits_choices) if arguments else []
+    enabled, *choices = arguments
+    fields = dict(zip(NAMES[1:], [*choices, OURS], strict=False)) if enabled else {}
+    return {**fields, **axes}, []
+
+
+def _well_formed(arguments: Sequence[Any]) -> bool:
+    """The right number of the right types."""
+    return (
+        FEWEST <= len(arguments) <= len(NAMES)
+        and isinstance(arguments[0], bool)
+        and all(isinstance(value, str) for value in arguments[1:])
+    )

@@ -28,7 +28,7 @@ from lib_precision_lora.host.override import (
 from lib_precision_lora.host.progress import Progress
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.settings import COMPUTE_MODES, Settings
-from lib_precision_lora.ui.choices import AS_SET, OURS, STOCK_ONLINE
+from lib_precision_lora.ui.choices import AS_SET, FP16_LORA, OURS, STOCK_ONLINE
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -67,7 +67,7 @@ class GenerationOverrides:
         self._sd_models, self._shared, self._main_entry = sd_models, shared, main_entry
         self._dynamic_args = args.dynamic_args
         self._running: list[tuple[Any, Generation]] = []
-        self._explained = False
+        self._explained = False  # what (fp16 LoRA) means; once for each start of the WebUI
         self._replacements = [
             Replacement(processing, "manage_model_and_prompt_cache", self._make_manage_model),
             Replacement(processing, "process_images_inner", self._make_process),
@@ -216,7 +216,8 @@ class GenerationOverrides:
         try:
             if not self._explained and self._online() and self.overlaid(self._settings()).enabled:
                 self._explained = True
-                logger.info("Precision LoRA keeps LoRAs exact in every mode: (fp16 LoRA) changes nothing")
+                logger.info("%s", FP16_LORA)
+                p.comment(FP16_LORA)
             yield
         finally:
             self._running.pop()

@@ -53,12 +53,13 @@ class Generations:
         if not isinstance(self._tasks.get(task), Started):
             self._keep(task, started)
 
-    def end(self, p: Any, low_bits: str | None = None) -> GenerationReport | None:
-        """The report of a generation that has its images."""
+    def end(self, p: Any, low_bits: str | None = None, finished: bool = True) -> GenerationReport | None:
+        """The report of a generation that has its images; finished: all of them, and to their last step."""
         active, started = binding.active(), getattr(p, "precision_lora_started", None)
         if active is None or started is None:
             return None
-        self.last = make_report(active, active.record.since(started.number), low_bits)
+        report = make_report(active, active.record.since(started.number), low_bits)
+        self.last = dataclasses.replace(report, finished=finished)
         self._keep(current_task(), self.last)
         return self.last
 

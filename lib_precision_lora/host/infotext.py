@@ -16,6 +16,7 @@ logger = logging.getLogger("lib_precision_lora")
 
 MODE, LOW_BITS, VERSION = "Precision LoRA mode", "Precision LoRA low bits", "Precision LoRA version"
 PREFIX = "Precision LoRA "
+OURS_IN_INFOTEXT = (MODE, LOW_BITS, VERSION, INFOTEXT_SKIPPED)
 DEFAULT_MODE = COMPUTE_MODES[0]
 MODES = (*COMPUTE_MODES, *(patcher for patcher in PATCHERS if patcher != OURS))
 """All that `MODE` can say: a compute mode of ours, or which of the host's ways it was instead."""
@@ -32,6 +33,19 @@ def parameters(mode: str, low_bits: str) -> dict[str, str]:
     if low_bits != AS_SET:
         written[LOW_BITS] = low_bits
     return {**written, VERSION: __version__} if written else {}
+
+
+def begin(p: Any) -> None:
+    """Nothing of ours is written of a generation that begins.
+
+    The cells of a plot are copies of one object that share their parameters: what an earlier cell has written
+    there stays its own, and this one gets a dictionary without it.
+    """
+    present = getattr(p, "extra_generation_params", {})
+    if any(name in present for name in OURS_IN_INFOTEXT):
+        p.extra_generation_params = {
+            name: value for name, value in present.items() if name not in OURS_IN_INFOTEXT
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,7 @@ def read_parameters(values: Mapping[str, Any], low_bits_choices: Sequence[str]) 
         problems.append(f'"{LOW_BITS}: {low_bits}" is not known to this WebUI, and was not set')
         low_bits = AS_SET
     for name in values:
-        if name.startswith(PREFIX) and name not in (MODE, LOW_BITS, VERSION, INFOTEXT_SKIPPED):
+        if name.startswith(PREFIX) and name not in OURS_IN_INFOTEXT:
             problems.append(
                 f'"{name}" was written by version {values.get(VERSION, "unknown")} and means nothing to '
                 f"version {__version__}; it was not set"

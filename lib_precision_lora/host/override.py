@@ -9,6 +9,7 @@ import weakref
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
+from lib_precision_lora.host.arguments import shown
 from lib_precision_lora.host.low_bits import low_bits_options
 from lib_precision_lora.host.notices import tell
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS
@@ -95,13 +96,13 @@ def in_effect(p: Any) -> Override:
 def offered(p: Any, override: Override) -> Override:
     """Without what this WebUI, or this extension, does not offer; its generation is told."""
     for name, title, choices in (
-        ("low_bits", "Diffusion in Low Bits", low_bits_choices()),
-        ("compute", "Compute mode", COMPUTE_CHOICES),
-        ("patcher", "LoRAs by", PATCHERS),
+        ("low_bits", "Diffusion in Low Bits is", low_bits_choices()),
+        ("compute", "Compute mode is", COMPUTE_CHOICES),
+        ("patcher", "LoRAs are applied by", PATCHERS),
     ):
         value = getattr(override, name)
         if value not in choices:
-            there = ", ".join(choices)
-            tell(p, f"{title} is as without an override: there is no {value!r} here, but {there}")
-            override = replace(override, **{name: _DEFAULTS[name]})
+            default, there = _DEFAULTS[name], ", ".join(choices)
+            tell(p, f"{title} {default}: there is no {shown(value)} here, but {there}")
+            override = replace(override, **{name: default})
     return override

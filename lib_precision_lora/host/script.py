@@ -40,6 +40,7 @@ def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
     from lib_precision_lora.host import override
 
     GENERATIONS.begin(p)
+    infotext.begin(p)
     fields, problems = wanted(arguments, getattr(p, AXES, {}), override.low_bits_choices())
     for problem in problems:
         sentence = f"{problem}. The settings were used instead"
@@ -78,7 +79,7 @@ def report(p: Any) -> None:
     low_bits = override.in_effect(p).low_bits
     if low_bits == AS_SET:
         low_bits = getattr(shared.opts, "forge_unet_storage_dtype", None)
-    done = GENERATIONS.end(p, low_bits)
+    done = GENERATIONS.end(p, low_bits, finished=not shared.state.interrupted)
     if done is not None:
         log_report(done)
 

@@ -10,3 +10,5 @@ COMPUTE_CHOICES = (AS_SET, *COMPUTE_MODES)
 OURS = "Precision LoRA"
 STOCK_MERGE, STOCK_ONLINE = "stock Forge merge", "stock Forge (fp16 LoRA)"
 PATCHERS = (OURS, STOCK_MERGE, STOCK_ONLINE)
+FP16_LORA = "Precision LoRA keeps LoRAs exact in every mode: (fp16 LoRA) changes nothing"
+"""What is said, in the log and below an image, of the host's low-bits names that end so."""

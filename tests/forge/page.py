@@ -44,10 +44,11 @@ def chromium(profile: Path) -> Iterator[BrowserContext]:
 class Page:
     """The page of one server.
 
-    errors: what its scripts have raised.
+    tab: the one that generates, "txt2img" or "img2img"; errors: what the page's scripts have raised.
     """
 
-    def __init__(self, browser: BrowserContext, url: str) -> None:
+    def __init__(self, browser: BrowserContext, url: str, tab: str = "txt2img") -> None:
+        self.tab = tab
         self.errors: list[str] = []
         self._page = browser.new_page()
         self._page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -75,17 +76,24 @@ class Page:
         self._page.locator("#settings_result", has_text="settings changed").wait_for()
 
     def generate(self, prompt: str) -> str:
-        """Press Generate in txt2img and wait for the image; a prompt that this page has not had yet.
+        """Press Generate and wait for the image; a prompt that this page has not had yet.
 
         Returns the messages under the image.
         """
-        self._page.get_by_role("tab", name="Txt2img", exact=True).click()
-        self._page.locator("#txt2img_prompt textarea").fill(prompt)
-        self._page.locator("#txt2img_generate").click()
-        self._page.locator("#html_info_txt2img", has_text=prompt).wait_for()
-        self._page.locator("#txt2img_gallery img").first.wait_for()
-        self._page.locator("#txt2img_interrupt").wait_for(state="hidden")
-        messages = self._page.locator("#html_log_txt2img .comments")
+        self.start(prompt)
+        return self.wait_for_image(prompt)
+
+    def start(self, prompt: str) -> None:
+        self.open_tab()
+        self._page.locator(f"#{self.tab}_prompt textarea").fill(prompt)
+        self._page.locator(f"#{self.tab}_generate").click()
+
+    def wait_for_image(self, prompt: str) -> str:
+        """Of this prompt; returns the messages under it."""
+        self._page.locator(f"#html_info_{self.tab}", has_text=prompt).wait_for()
+        self._page.locator(f"#{self.tab}_gallery img").first.wait_for()
+        self._page.locator(f"#{self.tab}_skip").wait_for(state="hidden")
+        messages = self._page.locator(f"#html_log_{self.tab} .comments")
         return messages.inner_text() if messages.count() else ""
 
     def save(self, what: str, filename: str, fails: bool = False) -> str:
@@ -105,6 +113,18 @@ class Page:
         for _ in messages:
             self._page.locator(".toast-close").first.click()
         return "\n".join(messages)
+
+    def press(self, button: str) -> None:
+        """button: the last part of its name in the page ("interrupt", "skip", "send_to_img2img")."""
+        self._page.locator(f"#{self.tab}_{button}").click()
+
+    def open_tab(self) -> None:
+        self._page.get_by_role("tab", name=self.tab.capitalize(), exact=True).click()
+
+    def set_steps(self, steps: int) -> None:
+        number = self._page.locator(f"#{self.tab}_steps input[type=number]")
+        number.fill(str(steps))
+        number.press("Tab")
 
     def reload_server(self) -> None:
         """Press "Reload UI"; the page comes back by itself."""

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 from tests.forge.page import PATIENCE_MS, Page
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator
+    from playwright.sync_api import Locator, Route
 
 NARROW = 400
 """Pixels; a telephone."""
 
 
 class PanelPage(Page):
-    """txt2img, with the accordion."""
+    """txt2img or img2img, with the accordion."""
 
     @property
     def accordion(self) -> Locator:
-        return self._page.locator("#precision_lora_txt2img")
+        return self._page.locator(f"#precision_lora_{self.tab}")
 
     @property
     def applied(self) -> Locator:
-        return self._page.locator("#precision_lora_txt2img_applied")
+        return self._page.locator(f"#precision_lora_{self.tab}_applied")
 
     @property
     def infotext(self) -> str:
-        return self._page.locator("#html_info_txt2img").inner_text()
+        return self._page.locator(f"#html_info_{self.tab}").inner_text()
 
     @property
     def enabled(self) -> bool:
@@ -40,11 +40,11 @@ class PanelPage(Page):
 
     def choose(self, control: str, value: str) -> None:
         """control: the last part of its name in the page ("low_bits", "compute", "patcher")."""
-        self.accordion.locator(f"#precision_lora_txt2img_{control} input").click()
+        self.accordion.locator(f"#precision_lora_{self.tab}_{control} input").click()
         self._page.get_by_role("option", name=value, exact=True).click()
 
     def choice(self, control: str) -> str:
-        return self.accordion.locator(f"#precision_lora_txt2img_{control} input").input_value()
+        return self.accordion.locator(f"#precision_lora_{self.tab}_{control} input").input_value()
 
     def wait_for_applied(self, text: str) -> str:
         """Until what was applied says so, opened; returns all of it."""
@@ -54,6 +54,26 @@ class PanelPage(Page):
             summary.click()
         self.applied.locator("details").first.filter(has_text=text).wait_for()
         return self.applied.inner_text()
+
+    def upload(self, png: bytes) -> None:
+        """Into img2img, as the image to begin with."""
+        self.open_tab()
+        image = {"name": "image.png", "mimeType": "image/png", "buffer": png}
+        self._page.locator("#img2img_image input[type=file]").set_input_files([image])
+        self._page.wait_for_function(
+            "[...document.querySelectorAll('.logical_image_background textarea')]"
+            ".some(image => image.value.startsWith('data:image/png'))"
+        )
+
+    def send_as_another_version(self, value: str, other: str) -> None:
+        """From now on, each value of this name leaves the page as the other: a page that is open since before
+        an update sends what that version had."""
+
+        def replace(route: Route) -> None:
+            sent = route.request.post_data or ""
+            route.continue_(post_data=sent.replace(f'"{value}"', f'"{other}"'))
+
+        self._page.route("**/queue/join*", replace)
 
     def send_from_png_info(self, png: bytes) -> None:
         """Drop an image into PNG Info, and press "Send to txt2img"."""
@@ -73,7 +93,11 @@ class PanelPage(Page):
 
     def overflowing(self) -> list[str]:
         """What of ours is wider than its place, or reaches out of the window."""
-        parts = "#precision_lora_txt2img, #precision_lora_txt2img_applied, #precision_lora_txt2img_applied *"
+        panel = f"#precision_lora_{self.tab}"
+        return self.overflowing_parts(f"{panel}, {panel}_applied, {panel}_applied *")
+
+    def overflowing_parts(self, parts: str) -> list[str]:
+        """parts: a selector."""
         found: list[str] = self._page.evaluate(
             "parts => [...document.querySelectorAll(parts)].filter(part =>"
             " part.getBoundingClientRect().right > innerWidth"

@@ -1,9 +1,10 @@
 """The accordion in a running Forge: choosing, what the page then says was applied, and the way back from an
-image's parameters; plots and the API's generations."""
+image's parameters; the API's generations."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -18,13 +19,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from lib_precision_lora import __version__
 from lib_precision_lora.host.infotext import LOW_BITS, MODE, VERSION
-from lib_precision_lora.host.xyz import LOW_BITS_AXIS, MODE_AXIS
-from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, STOCK_MERGE
+from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, FP16_LORA, OURS, STOCK_MERGE
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
 from tests.forge.page import VIEWPORT, chromium
 from tests.forge.panel_page import NARROW, PanelPage
 from tests.forge.real_forge import HOW_TO_RUN
-from tests.forge.webui import SMALL_IMAGE, ServerError, WebUI
+from tests.forge.webui import REPOSITORY, ServerError, WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
@@ -157,36 +157,6 @@ def test_wrong_arguments_are_refused_with_a_sentence(webui: WebUI, arguments: An
     assert "Traceback" not in webui.log(position)
 
 
-def test_a_plot_over_modes_and_storage_makes_each_cell_in_its_own(webui: WebUI) -> None:
-    labels = next(
-        argument["choices"]
-        for info in webui.get("script-info")
-        if info["name"] == "x/y/z plot" and not info["is_img2img"]
-        for argument in info["args"]
-        if argument["label"] == "X type"
-    )
-    modes, storages = ["Automatic", "fp16"], ["Automatic", "float8-e4m3fn"]
-    arguments: list[Any] = [labels.index(MODE_AXIS), "", modes, labels.index(LOW_BITS_AXIS), "", storages]
-    arguments += [0, "", [], False, True, False, False, False, False, False, 0, False]
-    position = webui.log_position()
-    answer = webui.post(
-        "txt2img",
-        {
-            **SMALL_IMAGE,
-            "prompt": "a cat <lora:strong:1>",
-            "script_name": "X/Y/Z plot",
-            "script_args": arguments,
-            "send_images": False,
-        },
-    )
-    cells = [text for text in answer["info"].split("Seed: ") if VERSION in text]
-    assert cells, answer["info"][:2000]
-    log = webui.log(position)
-    assert log.count("LoRAs applied: compute mode Automatic") == len(storages)
-    assert log.count("LoRAs applied: compute mode fp16") == len(storages)
-    assert webui.status()["last_generation"]["low_bits"] == storages[-1], "storage is not the outer axis"
-
-
 def test_two_hundred_calls_disturb_no_generation(webui: WebUI) -> None:
     quiet = webui.generate("a cat <lora:strong:1>", steps=12)
     with ThreadPoolExecutor(CLIENTS + 1) as threads:
@@ -216,10 +186,13 @@ def test_it_fits_light_dark_and_narrow_pages(page: PanelPage, picture: str, them
 
 
 def test_it_speaks_chinese(page: PanelPage, webui: WebUI) -> None:
+    translations = json.loads((REPOSITORY / "localizations/zh_CN.json").read_text(encoding="utf-8"))
     with webui.options(localization="zh_CN"):
         page.reload_server()
         page.toggle()
-        page.generate("a stool " + PROMPT)
+        page.choose("low_bits", "Automatic (fp16 LoRA)")
+        messages = page.generate("a stool " + PROMPT)
+        assert translations[FP16_LORA] in messages
         text = page.wait_for_applied("nowhere")
         assert "已应用的 LoRA" in text
         assert "文本编码器" in text

@@ -51,13 +51,17 @@ SMALL_IMAGE = {
     "scheduler": "Automatic",
 }
 PAGE_DEFAULTS = {
-    "customscript/seed.py/txt2img/Seed/value": SMALL_IMAGE["seed"],
-    "customscript/sampler.py/txt2img/Sampling steps/value": SMALL_IMAGE["steps"],
-    "customscript/sampler.py/txt2img/Sampling method/value": SMALL_IMAGE["sampler_name"],
-    "customscript/sampler.py/txt2img/Schedule type/value": SMALL_IMAGE["scheduler"],
-    "txt2img/Width/value": SMALL_IMAGE["width"],
-    "txt2img/Height/value": SMALL_IMAGE["height"],
-    "txt2img/CFG Scale/value": SMALL_IMAGE["cfg_scale"],
+    name.replace("TAB", tab): SMALL_IMAGE[value]
+    for tab in ("txt2img", "img2img")
+    for name, value in (
+        ("customscript/seed.py/TAB/Seed/value", "seed"),
+        ("customscript/sampler.py/TAB/Sampling steps/value", "steps"),
+        ("customscript/sampler.py/TAB/Sampling method/value", "sampler_name"),
+        ("customscript/sampler.py/TAB/Schedule type/value", "scheduler"),
+        ("TAB/Width/value", "width"),
+        ("TAB/Height/value", "height"),
+        ("TAB/CFG Scale/value", "cfg_scale"),
+    )
 }
 """The same image for the API and for the page."""
 
@@ -87,7 +91,8 @@ class WebUI:
 
     root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
     models folder; extension: whether Precision LoRA is there, as a link to this repository; credentials:
-    "user:password" that its API asks for, which this client gives; others: further extensions, by name.
+    "user:password" that its API asks for, which this client gives; others: further extensions, by name;
+    page_defaults: what the page begins with, beside `PAGE_DEFAULTS`.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class WebUI:
         extension: bool,
         credentials: str | None = None,
         others: Mapping[str, Path] = MappingProxyType({}),
+        page_defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         (data / "extensions").mkdir(parents=True)
         if extension:
@@ -108,7 +114,7 @@ class WebUI:
         self._log = data / "server.log"
         self._config = data / "config.json"
         self._config.write_text(json.dumps(SETTINGS))
-        (data / "ui-config.json").write_text(json.dumps(PAGE_DEFAULTS))
+        (data / "ui-config.json").write_text(json.dumps({**PAGE_DEFAULTS, **page_defaults}))
         self._opener = build_opener(ProxyHandler({}))
         arguments = [*FLAGS, "--port", self.url.rpartition(":")[2], "--data-dir", str(data)]
         self._headers = {}
@@ -186,12 +192,31 @@ class WebUI:
         return answer
 
     def generate(self, prompt: str, **parameters: Any) -> Generation:
-        """txt2img, by default of a small image that is always made from the same noise."""
-        answer = self.post("txt2img", {**SMALL_IMAGE, "prompt": prompt, **parameters})
-        png = base64.b64decode(answer["images"][0])
-        with Image.open(io.BytesIO(png)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        return Generation(png, pixels, json.loads(answer["info"])["infotexts"][0])
+        """One image, as `generate_all` makes it."""
+        return self.generate_all(prompt, **parameters)[0]
+
+    def generate_all(self, prompt: str, **parameters: Any) -> list[Generation]:
+        """txt2img, or img2img where `init_images` are given, by default of a small image that is always made
+        from the same noise; a grid of them is none of these."""
+        kind = "img2img" if "init_images" in parameters else "txt2img"
+        answer = self.post(kind, {**SMALL_IMAGE, "prompt": prompt, **parameters})
+        made = []
+        for sent in answer["images"]:
+            png = base64.b64decode(sent)
+            with Image.open(io.BytesIO(png)) as image:
+                infotext = str(image.info.get("parameters", ""))
+                made.append(Generation(png, np.asarray(image.convert("RGB")), infotext))
+        return [image for image in made if image.infotext]
+
+    def wait_for_step(self, step: int, steps: int) -> None:
+        """Until the generation that runs, of this many sampling steps, has taken this one."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            state = self.get("progress?skip_current_image=true")["state"]
+            if state["sampling_steps"] == steps and state["sampling_step"] >= step:
+                return
+            time.sleep(0.02)  # between two questions; not for anything to happen
+        raise AssertionError(f"no step {step} of {steps} within {ANSWER_SECONDS} s")
 
     def settings(self) -> dict[str, Any]:
         """All settings; the API tells those of Forge only, its file those of extensions as well."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.host.override import Override
+from lib_precision_lora.ui.choices import FP16_LORA
 from lib_precision_lora.ui.settings import COMPUTE, ENABLED
 from tests.host.jobs import FP8, Jobs, start_jobs
 from tests.host.loras import Active, LoraFile, exact_output, make_lora, prompt
@@ -119,16 +120,17 @@ def test_without_a_lora_in_the_prompt_stock_leaves_nothing_on(jobs: Jobs, cats: 
 def test_the_fp16_lora_variants_mean_the_same_as_the_plain_ones(jobs: Jobs, cats: LoraFile) -> None:
     text = prompt("a cat", Active(cats))
     with log_lines(logging.INFO) as lines:
-        images = [
-            jobs.run(text, Override(low_bits)).outputs[-1]
+        done = [
+            jobs.run(text, Override(low_bits))
             for low_bits in (LOW, f"{LOW} (fp16 LoRA)", LOW, f"{LOW} (fp16 LoRA)")
         ]
         jobs.select(low_bits=f"{LOW} (fp16 LoRA)")
-        images.append(jobs.run(text).outputs[-1])
-    assert all(torch.equal(image, images[0]) for image in images)
+        done.append(jobs.run(text))
+    assert all(torch.equal(p.outputs[-1], done[0].outputs[-1]) for p in done)
     assert online_layers(jobs.host.current.model) == 0
     assert jobs.loads == [("first.safetensors", FP8)]
-    assert sum("(fp16 LoRA) changes nothing" in line for line in lines) == 1
+    assert lines.count(FP16_LORA) == 1
+    assert [FP16_LORA in p.comments for p in done] == [False, True, False, False, False]
 
 
 def test_with_the_extension_off_a_variant_is_the_hosts(jobs: Jobs, cats: LoraFile) -> None:

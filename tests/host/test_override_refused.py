@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib_precision_lora.host import script
 from lib_precision_lora.host.override import Override, in_effect, low_bits_choices
 from lib_precision_lora.ui.choices import AS_SET
 from tests.host.headers import NF4, SCALED, write_header
@@ -46,6 +47,18 @@ def test_what_is_not_offered_is_as_set_and_said(
     assert "'float7'" in lines[0]
     assert list(p.comments) == lines
     assert chosen_by_the_user(jobs.host) == before
+
+
+def test_what_is_not_offered_takes_no_other_choice_along(jobs: Jobs, seen: list[Override]) -> None:
+    """As a page sends it that is open since before the WebUI was updated."""
+    p = jobs.new(during=lambda p: seen.append(in_effect(p)))
+    script.request_override(p, (True, "float7", "fp32", "x" * 10_000))
+    jobs.host.processing.process_images(p)
+    assert seen == [Override(compute="fp32")]
+    low_bits, patcher = p.comments
+    assert low_bits.startswith(f"Diffusion in Low Bits is {AS_SET}: there is no 'float7' here, but ")
+    assert patcher.startswith("LoRAs are applied by Precision LoRA: there is no 'xxx")
+    assert len(patcher) < 250
 
 
 def test_the_choices_are_the_hosts_own_after_as_set(host: Host) -> None:

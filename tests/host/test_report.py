@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import overhead
-from lib_precision_lora.host import binding, memory
-from lib_precision_lora.host.generations import KEPT_TASKS, Generations, log_report
+from lib_precision_lora.host import binding, memory, script
+from lib_precision_lora.host.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.host.report import FileReport, GenerationReport
 from lib_precision_lora.ui.settings import (
@@ -306,6 +306,23 @@ def test_a_generation_that_was_stopped_says_how_far_it_came(
         generate(host, "<lora:dogs:1>")
         generations.end(p)
         assert "dogs" not in generations.html("stopped"), "that is the next generation's"
+
+
+def test_an_interrupted_generation_is_said_to_be_unfinished(
+    host: Host, checkpoint: Checkpoint, tasks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has images, of fewer steps than were asked for; what it applied until then is told."""
+    make_lora("cats").write(host)
+    for interrupted in (False, True, False):
+        monkeypatch.setattr(host.shared.state, "interrupted", interrupted)
+        tasks("task")
+        p = SimpleNamespace()
+        script.request_override(p, ())
+        generate(host, "<lora:cats:1>")
+        script.report(p)
+        html = GENERATIONS.html("task")
+        assert "<h4>cats</h4>" in html
+        assert ("The generation did not finish." in html) is interrupted
 
 
 def test_a_nested_generation_does_not_end_the_outer_one(

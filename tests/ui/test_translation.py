@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lib_precision_lora.ui import applied, settings
-from lib_precision_lora.ui.choices import AS_SET
+from lib_precision_lora.ui.choices import AS_SET, FP16_LORA
 from lib_precision_lora.ui.settings import OPTIONS, SECTION
 from tests.ui.fake_gradio import FakeGradio
 
@@ -40,8 +40,9 @@ def accordion_texts() -> set[str]:
 
 
 def texts() -> set[str]:
-    """The settings' texts (the WebUI puts an explanation in brackets), the accordion's, and the report's."""
-    found = {SECTION[1], *accordion_texts(), *applied.TEXTS}
+    """The settings' texts (the WebUI puts an explanation in brackets), the accordion's, the report's, and the
+    one sentence below images that is always the same."""
+    found = {SECTION[1], *accordion_texts(), *applied.TEXTS, FP16_LORA}
     for option in OPTIONS:
         found |= {option.label, f"({option.info})", *option.component_args.get("choices", ())}
     return found
