@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.page.browser import NARROW, WIDE, Page
 from tests.page.conftest import ROOT
 
-LONG = "a cat<lora:cats:0.5:0.8><lora:a_name_without_any_space_that_goes_on_and_on_and_on_for_long:1>"
+LONG_NAME = "a_name_without_any_space_that_goes_on_and_on_and_on_for_long"
+LONG = f"a cat<lora:cats:0.5:0.8><lora:{LONG_NAME}:1>"
+NO_WORDS = rf"Precision LoRA|Alpha|cats|{LONG_NAME}|LoRA {LONG_NAME} was .*|[\d.]+ \w+|(\d+ × [^,]+,? ?)+"
+"""Names, amounts, and a sentence as it stands in the log: these are the same in every language."""
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", NARROW), ("dark", NARROW), ("dark", WIDE)])
@@ -35,4 +39,6 @@ def test_in_chinese_no_text_is_left_in_english(page: Page) -> None:
     page.go_to("Settings")
     shown |= page.texts("#settings_precision_lora")
     assert {text for text in shown if chinese.get(text, text) != text} == set()
+    english = {text for text in shown if re.search("[A-Za-z]{3}", text) and not re.search("[一-鿿]", text)}
+    assert {text for text in english if not re.fullmatch(NO_WORDS, text)} == set()
     assert len(shown & set(chinese.values())) > 40
