@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from lib_precision_lora import __version__
 from tests.page.browser import Page, Server, row
+
+pytestmark = pytest.mark.xdist_group("page")
 
 PROMPT = "a cat<lora:cats:0.8>"
 AS_SET, OURS, MERGE, ONLINE = "as set above", "Precision LoRA", "stock Forge merge", "stock Forge (fp16 LoRA)"

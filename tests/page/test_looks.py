@@ -10,6 +10,8 @@ import pytest
 from tests.page.browser import NARROW, WIDE, Page
 from tests.page.conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("page")
+
 LONG_NAME = "a_name_without_any_space_that_goes_on_and_on_and_on_for_long"
 LONG = f"a cat<lora:cats:0.5:0.8><lora:{LONG_NAME}:1>"
 NO_WORDS = rf"Precision LoRA|Alpha|cats|{LONG_NAME}|LoRA {LONG_NAME} was .*|[\d.]+ \w+|(\d+ × [^,]+,? ?)+"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from lib_precision_lora.ui.settings import OPTIONS
 from tests.page.browser import Page, Server
+
+pytestmark = pytest.mark.xdist_group("page")
 
 PROMPT = "a cat<lora:cats:0.8>"
 EXACT = 1e-5
