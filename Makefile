@@ -14,8 +14,10 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(BIN)/python -m lib_precision_lora demo $(DEMO)
 
+# A process for each core, of one thread each.
+test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

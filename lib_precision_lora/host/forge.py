@@ -95,7 +95,7 @@ class ForgeBinding:
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
-            *Saving(self._sessions).replacements(utils, ForgeDiffusionEngine),
+            *Saving(self._sessions, self.progress.stage).replacements(utils, ForgeDiffusionEngine),
         ]
         self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
 

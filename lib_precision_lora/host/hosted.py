@@ -97,19 +97,12 @@ class HostedSession:
         if arithmetic.stock_dora_norm != self._stock_dora_norm:
             self._stock_dora_norm = arithmetic.stock_dora_norm
             self._adapters.clear()
-        ours, theirs = self._divide(model, host_patches)
-        problems = _take_out_unreadable(theirs)
-        self.host_layers = {source_of(identifier): len(patches) for identifier, patches in theirs.items()}
-        if _flat(theirs) != self._theirs:
-            self._session.clear()
-            problems += self._merge(theirs, merge)
-        left_out = {problem.source for problem in problems}
-        ours = [patch for patch in ours if patch.source not in left_out]
+        problems: list[PatchError] = []
         try:
-            self._problems = [*problems, *self._apply(model, ours, arithmetic, tick)]
+            self._bring(model, host_patches, arithmetic, merge, tick, problems)
         except Interrupted:
-            self._problems = [*problems, *self._take_off(host_patches, left_out, merge)]
-        self._signature = signature
+            problems += self._take_off(host_patches, {problem.source for problem in problems}, merge)
+        self._problems, self._signature = problems, signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
         ]
@@ -199,6 +192,34 @@ class HostedSession:
     @property
     def merged(self) -> tuple[str, ...]:
         return self._session.merged
+
+    def _bring(
+        self,
+        model: nn.Module,
+        host_patches: HostPatches,
+        arithmetic: Arithmetic,
+        merge: Callable[[HostPatches], None],
+        tick: Tick,
+        problems: list[PatchError],
+    ) -> None:
+        """The host's part first, then ours. Where one part of a source fails, the other is taken off again;
+        the reason goes to the problems, of which one without a source is everybody's."""
+        while True:
+            left_out = {problem.source for problem in problems}
+            left = {} if None in left_out else host_patches
+            left = {key: patches for key, patches in left.items() if source_of(key) not in left_out}
+            ours, theirs = self._divide(model, left)
+            failed = _unreadable(theirs)
+            if not failed and _flat(theirs) != self._theirs:
+                self._session.clear()
+                failed = self._merge(theirs, merge)
+            if not failed:
+                failed = self._apply(model, ours, arithmetic, tick)
+                if not failed or not theirs:
+                    problems += failed
+                    self.host_layers = {source_of(key): len(patches) for key, patches in theirs.items()}
+                    return
+            problems += failed
 
     def _merge(self, theirs: HostPatches, merge: Callable[[HostPatches], None]) -> list[PatchError]:
         """Have the host merge its part. Where it fails, it takes all of it out again, and every source of
@@ -349,18 +370,16 @@ def _target(name: str, offset: Any, function: Any) -> Target:
     return Target.parse(name if offset is None and function is None else (name, offset, function))
 
 
-def _take_out_unreadable(theirs: dict[Any, Mapping[str, Sequence[Sequence[Any]]]]) -> list[PatchError]:
-    """Leave out, whole, what the host could not merge beside a patch of its own kind on the same layer."""
-    problems = []
-    for identifier, patches in list(theirs.items()):
+def _unreadable(theirs: HostPatches) -> list[PatchError]:
+    """What the host could not merge beside a patch of its own kind on the same layer."""
+    problems = {}
+    for identifier, patches in theirs.items():
         for name, stack in patches.items():
             if any(isinstance(entry[1], ForgePatch) and not entry[1].host_readable for entry in stack):
                 source = source_of(identifier)
                 reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
-                problems.append(PatchError(f"{source}: {reason}", source))
-                del theirs[identifier]
-                break
-    return problems
+                problems.setdefault(source, PatchError(f"{source}: {reason}", source))
+    return list(problems.values())
 
 
 def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from lib_precision_lora.branch.rounding import rounded
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.notices import name_of
+from lib_precision_lora.host.progress import Interrupted, Stage, unshown
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.report.saved import Saved
 from lib_precision_lora.storage import StorageError, encode, stored_weight
+from lib_precision_lora.ticks import Tick
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -40,11 +42,12 @@ class SavingError(RuntimeError):
 class Saving:
     """What is swapped of the host's saving.
 
-    sessions: those that there are, by model. Nothing is attached, taken off, moved or written in a model.
+    sessions: those that there are, by model; stage: where merging is shown. Nothing is attached, taken off,
+    moved or written in a model.
     """
 
-    def __init__(self, sessions: Mapping[nn.Module, HostedSession]) -> None:
-        self._sessions = sessions
+    def __init__(self, sessions: Mapping[nn.Module, HostedSession], stage: Stage = unshown) -> None:
+        self._sessions, self._stage = sessions, stage
         self._writing = threading.local()  # its `saved` is that of the file which this thread writes now
 
     def replacements(self, utils: Any, engine: type) -> list[Replacement]:
@@ -68,7 +71,8 @@ class Saving:
                 return state
             part = Saved()
             for root, session in self._attached(model):
-                _put_effective(state, model, prefix, root, session, part)
+                with self._stage("merging LoRAs into what is saved") as tick:
+                    _put_effective(state, model, prefix, root, session, part, tick)
             _unpack(state, model, prefix, part)
             if saved is None:
                 _tell(part)
@@ -91,7 +95,11 @@ class Saving:
                     path = filename
             except Exception as error:
                 logger.exception("saving with LoRAs failed")
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                reason = (
+                    str(error)
+                    if isinstance(error, (ValueError, Interrupted))
+                    else f"{type(error).__name__}: {error}"
+                )
                 raise _as_the_page_shows_it(f"Nothing was saved: {reason}") from error
             finally:
                 self._writing.saved = None
@@ -130,13 +138,21 @@ def _is_within(root: nn.Module, module: nn.Module) -> bool:
 
 
 def _put_effective(
-    state: StateDict, model: nn.Module, prefix: str, root: nn.Module, session: HostedSession, saved: Saved
+    state: StateDict,
+    model: nn.Module,
+    prefix: str,
+    root: nn.Module,
+    session: HostedSession,
+    saved: Saved,
+    tick: Tick,
 ) -> None:
     """Exchange what the LoRAs on `root` change of this model's state. Raises `PatchError`."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(f"{prefix}{path}." if path else prefix)
-    for name, (site, effective) in session.effective().items():
+    weights = session.effective()
+    for done, (name, (site, effective)) in enumerate(weights.items()):
+        tick(done, len(weights))
         owner = root.get_submodule(name.rpartition(".")[0])
         places = [place for module in {site.module, owner} for place in paths.get(module, ())]
         if not places:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator
 
 HOW_TO_RUN = (
-    "needs Chromium on the PATH, and playwright in the Python that runs the tests: pip install playwright"
+    "needs Chromium on the PATH (Debian: apt-get install chromium), and playwright in the Python that runs "
+    "the tests: pip install playwright"
 )
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")

@@ -151,11 +151,17 @@ class BeforeProcess:
         return lambda *args, **kwargs: None
 
 
-def start_jobs(host: Host, folder: Path, patch: pytest.MonkeyPatch, files: Sequence[str] = ()) -> Jobs:
-    """files: in the folder, next to two checkpoints of which it has no files."""
+def start_jobs(
+    host: Host,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    files: Sequence[str] = (),
+    make: Callable[[Host, dict[str, CheckpointFile]], Any] = Jobs,
+) -> Any:
+    """files: in the folder, next to two checkpoints of which it has no files; make: the kind of `Jobs`."""
     names = [FIRST, SECOND, *files]
     listed = {name: CheckpointFile(folder / name, seed) for seed, name in enumerate(names)}
-    jobs = Jobs(host, listed)
+    jobs = make(host, listed)
     host.set_option("live_previews_enable", False)
     patch.setattr(host.sd_models, "checkpoint_aliases", dict(listed))
     patch.setattr(host.sd_models, "checkpoints_list", dict(listed))

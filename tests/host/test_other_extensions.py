@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_precision_lora.branch import PatchError, session
 from lib_precision_lora.host import uninstall
 from lib_precision_lora.ui.settings import ENABLED
 from tests.host.checkpoints import Checkpoint
@@ -206,6 +207,36 @@ def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
         generate(host, "a cat")
         assert bytes_of_bases(checkpoint) == base
         assert hooks_of(checkpoint.model) == 0
+    finally:
+        host.lora.extra_weight_calculators.pop("fooocus", None)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_attach(
+    host: Host, checkpoint: Checkpoint, cats: LoraFile, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """named: whether the failure says whose it is; where not, it is everybody's."""
+    base = bytes_of_bases(checkpoint)
+    lora = "lora", (values(8, 2), values(2, 8), 1.0, None, None)
+    before_sampling = adds({ATTN: unknown(host), MLP: lora}, 0.75)
+    attach = session.effective_weights
+
+    def refusing(model: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(patch.source == "theirs" for patch in patches):
+            raise PatchError("theirs: does not fit", "theirs" if named else None)
+        return attach(model, patches, *args, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "effective_weights", refusing)
+            image = generate(host, "a cat<lora:cats:te=0:unet=0.5>", before_sampling=before_sampling)
+            left = [Active(cats, 0.5, te=0.0)] if named else []
+            assert distance(image, exact_output(checkpoint, "a cat", left)) < EXACT
+            assert bytes_of_bases(checkpoint) == base
+            assert any("does not fit" in comment for comment in image.comments)
+        image = generate(host, "a cat", before_sampling=before_sampling)
+        assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+        assert branches(checkpoint.model) == 1
     finally:
         host.lora.extra_weight_calculators.pop("fooocus", None)
 

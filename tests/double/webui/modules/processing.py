@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from backend import memory_management
@@ -176,4 +177,7 @@ def process_images_inner(p: Any) -> Any:
             subseed_strength=0.0,
             prompts=p.prompts,
         )
-    return None
+    processed = SimpleNamespace(comments="".join(f"{comment}\n" for comment in p.comments))
+    if p.scripts is not None:
+        p.scripts.postprocess(p, processed)
+    return processed

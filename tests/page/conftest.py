@@ -1,0 +1,62 @@
+"""The page's server, in a process of its own, and a Chromium that looks at it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.forge.page import chromium
+from tests.page.browser import PATIENCE_MS, Page, Server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+ROOT = Path(__file__).resolve().parents[2]
+GRADIO_MISSING = "needs gradio 4.40.0, as `make test` installs it: pip install -r requirements-test.txt"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    with chromium(tmp_path_factory.mktemp("browser")) as context:
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
+
+
+@pytest.fixture(scope="session")
+def running_server(browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """After the browser, without which it is not needed."""
+    if find_spec("gradio") is None:
+        pytest.skip(GRADIO_MISSING)
+    folder = tmp_path_factory.mktemp("page")
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "tests.page.server", str(folder)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, f"the page's server did not start:\n{log.read_text()}"
+        yield Server(url)
+        process.kill()
+
+
+@pytest.fixture
+def server(running_server: Server) -> Server:
+    """As if just started."""
+    running_server.reset()
+    return running_server
+
+
+@pytest.fixture
+def page(server: Server, browser: BrowserContext) -> Iterator[Page]:
+    page = Page(browser, server.url)
+    yield page
+    page.page.close()
+    assert page.errors == []
