@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from lib_precision_lora.branch.branch import Branch
+from lib_precision_lora.branch.attach import (
+    Attached,
+    attach,
+    put_back_parameters,
+    restrength,
+    same_structure,
+    shadows_of,
+    take_off,
+)
 from lib_precision_lora.branch.chunks import Arithmetic
 from lib_precision_lora.branch.compose import (
     Piece,
@@ -39,19 +43,10 @@ from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
-from lib_precision_lora.branch.undo import Undo, run_all, run_back
+from lib_precision_lora.branch.undo import Undo, run_back
 from lib_precision_lora.ticks import Step, Steps, Tick, untold
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Attached:
-    """What stands at one module, or one shadowed parameter, and how to take it off."""
-
-    module: weakref.ref[nn.Module]
-    piece: Piece
-    detach: Callable[[], None]
 
 
 class PatchSession:
@@ -69,7 +64,7 @@ class PatchSession:
         self._timed = timed
         self.overhead = OverheadMeter()
         self._attached: dict[str, Attached] = {}
-        weakref.finalize(self, _put_back_parameters, self._attached).atexit = False
+        weakref.finalize(self, put_back_parameters, self._attached).atexit = False
         self._fitted = FittedAdapters()
         self._memo = Memo()
         self._stream = FactorStream()
@@ -128,11 +123,11 @@ class PatchSession:
         self._stream.forget()
         self.overhead.watch(None)
         self._patches = ()
-        _detach(self._attached, list(self._attached))
+        take_off(self._attached, list(self._attached))
 
     def clear_merged(self) -> None:
         """Take off what is merged, alone; the next `apply` merges it again."""
-        _detach(self._attached, self.merged)
+        take_off(self._attached, self.merged)
 
     def release(self) -> None:
         """Let go of all factors on devices; the next forward places them again. Merged layers stay."""
@@ -271,7 +266,7 @@ class PatchSession:
 
     def _standing_shadows(self) -> list[Shadow]:
         """What stands in the place of the host's parameters."""
-        return [shadow for here in self._attached.values() for shadow in _shadows(here.piece)]
+        return [shadow for here in self._attached.values() for shadow in shadows_of(here.piece)]
 
     def _wanted(
         self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy, step: Step
@@ -293,8 +288,8 @@ class PatchSession:
 
     def _place(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         present = self._attached.get(name)
-        if present is not None and present.module() is module and _same_structure(present.piece, piece):
-            _restrength(present.piece, piece, undo)
+        if present is not None and present.module() is module and same_structure(present.piece, piece):
+            restrength(present.piece, piece, undo)
             return
         if present is not None:
             self._remove(name, undo)
@@ -313,92 +308,3 @@ class PatchSession:
         undo.append(put_back)
         gone.detach()
         del self._attached[name]
-
-
-def attach(module: nn.Module, piece: Piece, meter: OverheadMeter) -> Attached:
-    """Make a branch run after the module's forward (and before it, where the input is widened), or put
-    other parameters in place. meter: what times the branch."""
-    if isinstance(piece, Shadow | Merged):
-        piece.attach()
-        return Attached(weakref.ref(module), piece, piece.detach)
-    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece, meter), with_kwargs=True)]
-    wide_input = piece.wide_input
-    if wide_input is not None:
-
-        def narrow(*given: Any) -> Any:
-            return meter.timed(wide_input.narrow, *given)
-
-        handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
-
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return Attached(weakref.ref(module), piece, detach)
-
-
-def _detach(attached: dict[str, Attached], names: Iterable[str]) -> None:
-    """Take these off, each; what is interrupted can be done again."""
-
-    def take_off(name: str) -> None:
-        try:
-            attached[name].detach()
-        except Exception:
-            del attached[name]
-            raise
-        del attached[name]
-
-    run_all([partial(take_off, name) for name in names])
-
-
-def _put_back_parameters(attached: dict[str, Attached]) -> None:
-    """What a session that nobody holds any more still owes its model."""
-    _detach(attached, [name for name, here in attached.items() if _shadows(here.piece)])
-
-
-def _hook(branch: Branch, meter: OverheadMeter) -> Callable[..., Tensor]:
-    def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if branch.wide_input is not None:
-            x = branch.wide_input.take()
-        if _autocast_enabled(output.device.type):
-            with torch.autocast(output.device.type, enabled=False):
-                return meter.timed(branch, module, x, output)
-        return meter.timed(branch, module, x, output)
-
-    return run
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch 2.3 asks without a device
-        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
-
-
-def _same_structure(present: Piece, wanted: Piece) -> bool:
-    if isinstance(present, Shadow) or isinstance(wanted, Shadow):
-        return False
-    return present.structure() == wanted.structure()
-
-
-def _restrength(present: Piece, wanted: Piece, undo: Undo) -> None:
-    """Give what stands the strengths of another piece of equal structure."""
-    assert not isinstance(present, Shadow)
-    if isinstance(present, Merged) and isinstance(wanted, Merged) and present.equals(wanted):
-        return
-    state = dict(vars(present))
-
-    def restore() -> None:
-        vars(present).update(state)
-        if isinstance(present, Merged):
-            present.write()
-
-    undo.append(restore)
-    present.restrength(wanted)  # type: ignore[arg-type]
-
-
-def _shadows(piece: Piece) -> tuple[Shadow, ...]:
-    if isinstance(piece, Merged):
-        return piece.shadows
-    return (piece,) if isinstance(piece, Shadow) else ()

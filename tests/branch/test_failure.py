@@ -88,7 +88,7 @@ def test_an_exception_at_any_point_leaves_everything_as_it_was(
         (operands.WeightBranch, "restrength"),
         (operands.WeightBranch, "_assemble"),
         (norm.NormBranch, "restrength"),
-        (session_module, "_same_structure"),
+        (session_module, "same_structure"),
     ],
     ids=["restrength", "half of restrength", "restrength of a norm", "comparison"],
 )

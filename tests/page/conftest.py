@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,16 +35,16 @@ def running_server(browser: BrowserContext, tmp_path_factory: pytest.TempPathFac
     if find_spec("gradio") is None:
         pytest.skip(GRADIO_MISSING)
     folder = tmp_path_factory.mktemp("page")
-    log = folder / "server.log"
+    log, address = folder / "server.log", folder / "address"
     command = [sys.executable, "-m", "tests.page.server", str(folder)]
     with (
-        log.open("w") as errors,
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        log.open("w") as lines,
+        subprocess.Popen(command, cwd=ROOT, stdout=lines, stderr=subprocess.STDOUT) as process,
     ):
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        assert url, f"the page's server did not start:\n{log.read_text()}"
-        yield Server(url)
+        while not address.exists():
+            assert process.poll() is None, f"the page's server did not start:\n{log.read_text()}"
+            time.sleep(0.05)
+        yield Server(address.read_text())
         process.kill()
 
 

@@ -1,7 +1,7 @@
 """`python -m tests.page.server FOLDER`: the page, over the double, in a process of its own.
 
-Its address is the one line on stdout. Beside the page: `GET /state`, what is set and what was seen in the
-host; `POST /reset`, everything as it was at the start.
+Its address stands in `FOLDER/address` once it listens. Beside the page: `GET /state`, what is set and what
+was seen in the host; `POST /reset`, everything as it was at the start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main(folder: Path) -> None:
             register()
         jobs = start_jobs(host, folder, patch, make=lambda *found: PageJobs(*found, loras=[CATS, DOGS]))
         jobs.run()
-        serve(make_app(jobs, {tab: tab_script(extension, tab) for tab in ("txt2img", "img2img")}))
+        scripts = {tab: tab_script(extension, tab) for tab in ("txt2img", "img2img")}
+        serve(make_app(jobs, scripts), folder / "address")
 
 
 def load_extension() -> Any:
@@ -98,10 +99,11 @@ def make_app(jobs: PageJobs, scripts: dict[str, Any]) -> FastAPI:
     return gr.mount_gradio_app(app, build_page(scripts, shared, generate), path="/")
 
 
-def serve(app: FastAPI) -> None:
+def serve(app: FastAPI, address: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        sys.stdout.write(f"http://127.0.0.1:{listening.getsockname()[1]}\n")
-        sys.stdout.flush()
+        complete = address.with_name("address.part")
+        complete.write_text(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        complete.rename(address)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 

@@ -1,0 +1,120 @@
+"""Putting a branch, a shadow or a merged layer on its module, and taking it off."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lib_precision_lora.branch.branch import Branch
+from lib_precision_lora.branch.compose import Piece
+from lib_precision_lora.branch.merged import Merged
+from lib_precision_lora.branch.overhead import OverheadMeter
+from lib_precision_lora.branch.shadow import Shadow
+from lib_precision_lora.branch.undo import Undo, run_all
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attached:
+    """What stands at one module, or one shadowed parameter, and how to take it off."""
+
+    module: weakref.ref[nn.Module]
+    piece: Piece
+    detach: Callable[[], None]
+
+
+def attach(module: nn.Module, piece: Piece, meter: OverheadMeter) -> Attached:
+    """Make a branch run after the module's forward (and before it, where the input is widened), or put
+    other parameters in place. meter: what times the branch."""
+    if isinstance(piece, Shadow | Merged):
+        piece.attach()
+        return Attached(weakref.ref(module), piece, piece.detach)
+    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece, meter), with_kwargs=True)]
+    wide_input = piece.wide_input
+    if wide_input is not None:
+
+        def narrow(*given: Any) -> Any:
+            return meter.timed(wide_input.narrow, *given)
+
+        handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return Attached(weakref.ref(module), piece, detach)
+
+
+def take_off(attached: dict[str, Attached], names: Iterable[str]) -> None:
+    """Take these off, each; what is interrupted can be done again."""
+
+    def detach(name: str) -> None:
+        try:
+            attached[name].detach()
+        except Exception:
+            del attached[name]
+            raise
+        del attached[name]
+
+    run_all([partial(detach, name) for name in names])
+
+
+def put_back_parameters(attached: dict[str, Attached]) -> None:
+    """What a session that nobody holds any more still owes its model."""
+    take_off(attached, [name for name, here in attached.items() if shadows_of(here.piece)])
+
+
+def _hook(branch: Branch, meter: OverheadMeter) -> Callable[..., Tensor]:
+    def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if branch.wide_input is not None:
+            x = branch.wide_input.take()
+        if _autocast_enabled(output.device.type):
+            with torch.autocast(output.device.type, enabled=False):
+                return meter.timed(branch, module, x, output)
+        return meter.timed(branch, module, x, output)
+
+    return run
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch 2.3 asks without a device
+        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+
+
+def same_structure(present: Piece, wanted: Piece) -> bool:
+    """Whether one becomes the other by an exchange of strengths."""
+    if isinstance(present, Shadow) or isinstance(wanted, Shadow):
+        return False
+    return present.structure() == wanted.structure()
+
+
+def restrength(present: Piece, wanted: Piece, undo: Undo) -> None:
+    """Give what stands the strengths of another piece of equal structure."""
+    assert not isinstance(present, Shadow)
+    if isinstance(present, Merged) and isinstance(wanted, Merged) and present.equals(wanted):
+        return
+    state = dict(vars(present))
+
+    def restore() -> None:
+        vars(present).update(state)
+        if isinstance(present, Merged):
+            present.write()
+
+    undo.append(restore)
+    present.restrength(wanted)  # type: ignore[arg-type]
+
+
+def shadows_of(piece: Piece) -> tuple[Shadow, ...]:
+    """The parameters that stand in the place of the host's."""
+    if isinstance(piece, Merged):
+        return piece.shadows
+    return (piece,) if isinstance(piece, Shadow) else ()
