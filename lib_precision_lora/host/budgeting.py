@@ -12,7 +12,8 @@ from torch import nn
 
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.branch.footprint import Footprint
-from lib_precision_lora.host.hosted import HostedSession, source_of
+from lib_precision_lora.host.division import source_of
+from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan, plan_budget
 from lib_precision_lora.memory.allocator import allocated_bytes

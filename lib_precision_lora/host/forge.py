@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
-from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, source_of
+from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices

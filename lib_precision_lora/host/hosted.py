@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,16 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib_precision_lora.adapters import (
-    Adapter,
-    AdapterError,
-    DoRA,
-    ForgePatch,
-    Target,
-    channels_of,
-    from_forge_patch,
-    row_order,
-)
 from lib_precision_lora.branch import (
     DensePolicy,
     EffectiveWeight,
@@ -31,18 +20,14 @@ from lib_precision_lora.branch import (
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.overhead import OverheadMeter
-from lib_precision_lora.branch.sites import Site, find_site
-from lib_precision_lora.host.matching import target_shape
+from lib_precision_lora.branch.sites import Site
+from lib_precision_lora.host.division import Division, HostPatches, flat, source_of, unreadable
 from lib_precision_lora.host.progress import Interrupted
 from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
-from lib_precision_lora.storage import StorageError
 from lib_precision_lora.ticks import Tick, untold
 
 logger = logging.getLogger("lib_precision_lora")
-
-HostPatches = Mapping[Any, Mapping[str, Sequence[Sequence[Any]]]]
-"""The host's `lora_patches`: identifier → parameter → [strength, value, base factor, offset, function]."""
 
 
 class AttachInterrupted(PatchError):
@@ -60,10 +45,9 @@ class HostedSession:
         self._session = PatchSession(model, timed="diffusion_model")
         self._signature: object = None
         self._values: list[Any] = []
-        self._adapters: dict[int, tuple[Any, Adapter | None]] = {}
+        self._division = Division()
         self._theirs: object = None
         self.host_layers: dict[str, int] = {}
-        self._stock_dora_norm = False
         self._problems: list[PatchError] = []
         self._sketched: tuple[object, Mapping[str, Footprint]] | None = None
         self._fitted: FittedAdapters | None = None
@@ -73,7 +57,7 @@ class HostedSession:
         and keeps what it makes to itself."""
         other = HostedSession(model)
         other._session, other._fitted = self._session, FittedAdapters()
-        other._stock_dora_norm = stock_dora_norm
+        other._division = Division(stock_dora_norm)
         return other
 
     def follow(
@@ -90,13 +74,11 @@ class HostedSession:
         identifiers are those of the last time. Returns the reason for each source that is left out; where
         tick raises `Interrupted`, all of them are.
         """
-        signature = arithmetic, *_flat(host_patches)
+        signature = arithmetic, *flat(host_patches)
         if signature == self._signature:
             return self._problems
         self._signature = None
-        if arithmetic.stock_dora_norm != self._stock_dora_norm:
-            self._stock_dora_norm = arithmetic.stock_dora_norm
-            self._adapters.clear()
+        self._division.take_norm_of(arithmetic.stock_dora_norm)
         problems: list[PatchError] = []
         try:
             self._bring(model, host_patches, arithmetic, merge, tick, problems)
@@ -117,9 +99,9 @@ class HostedSession:
         dtype: torch.dtype,
     ) -> Mapping[str, Footprint]:
         """What each module's branch would take, of these patches. Raises `PatchError` as attaching does."""
-        signature = arithmetic, device, dtype, *_flat(host_patches)
+        signature = arithmetic, device, dtype, *flat(host_patches)
         if self._sketched is None or self._sketched[0] != signature:
-            ours, _ = self._divide(model, host_patches)
+            ours, _ = self._division.divide(model, host_patches)
             sketched = self._session.footprints(
                 ours, arithmetic.compute, device, dtype, _policy(model, arithmetic), self._fitted
             )
@@ -156,7 +138,7 @@ class HostedSession:
         self._session.clear()
         self._signature = self._theirs = self._sketched = None
         self._values.clear()
-        self._adapters.clear()
+        self._division.clear()
         self.host_layers = {}
         self._problems = []
 
@@ -208,9 +190,9 @@ class HostedSession:
             left_out = {problem.source for problem in problems}
             left = {} if None in left_out else host_patches
             left = {key: patches for key, patches in left.items() if source_of(key) not in left_out}
-            ours, theirs = self._divide(model, left)
-            failed = _unreadable(theirs)
-            if not failed and _flat(theirs) != self._theirs:
+            ours, theirs = self._division.divide(model, left)
+            failed = unreadable(theirs)
+            if not failed and flat(theirs) != self._theirs:
                 self._session.clear()
                 failed = self._merge(theirs, merge)
             if not failed:
@@ -236,7 +218,7 @@ class HostedSession:
             reason = f"the WebUI's own merge failed ({type(error).__name__}: {error})"
             sources = dict.fromkeys(source_of(identifier) for identifier in theirs)
             return [PatchError(f"{source}: {reason}", source) for source in sources]
-        self._theirs = _flat(theirs)
+        self._theirs = flat(theirs)
         return []
 
     def _take_off(
@@ -288,98 +270,10 @@ class HostedSession:
                 )
                 return problems
 
-    def _divide(
-        self, model: nn.Module, host_patches: HostPatches
-    ) -> tuple[list[Patch], dict[Any, Mapping[str, Sequence[Sequence[Any]]]]]:
-        """Our patches in the host's order, and the host's part in its own format."""
-        adapters = {}
-        for patches in host_patches.values():
-            for name, stack in patches.items():
-                for entry in stack:
-                    adapters[id(entry[1])] = entry[1], self._adapter(name, entry[1])
-        self._adapters = adapters
-        foreign = {
-            name
-            for patches in host_patches.values()
-            for name, stack in patches.items()
-            if not all(self._understood(model, name, entry) for entry in stack)
-        }
-        ours = [
-            Patch(
-                source_of(identifier),
-                _target(name, offset, function),
-                self._adapters[id(value)][1],  # type: ignore[arg-type]
-                float(strength),
-                float(base_factor),
-                _widens(value),
-            )
-            for identifier, patches in host_patches.items()
-            for name, stack in patches.items()
-            if name not in foreign
-            for strength, value, base_factor, offset, function in stack
-        ]
-        theirs = {
-            identifier: {name: stack for name, stack in patches.items() if name in foreign}
-            for identifier, patches in host_patches.items()
-        }
-        return ours, {identifier: patches for identifier, patches in theirs.items() if patches}
-
-    def _adapter(self, name: str, value: Any) -> Adapter | None:
-        if id(value) in self._adapters:
-            return self._adapters[id(value)][1]
-        try:
-            adapter = from_forge_patch(name, value)
-            if self._stock_dora_norm and isinstance(adapter, DoRA):
-                return dataclasses.replace(adapter, base_norm=True)
-            return adapter
-        except Exception as error:
-            logger.exception("a patch of another extension is left to the WebUI: %s", error)
-            return None
-
-    def _understood(self, model: nn.Module, name: str, entry: Sequence[Any]) -> bool:
-        _, value, _, offset, function = entry
-        adapter = self._adapters[id(value)][1]
-        if adapter is None:
-            return False
-        try:
-            target = _target(name, offset, function)
-            shape = target_shape(model, target)
-            if _widens(value):
-                channels_of(adapter, shape)
-            else:
-                adapter.check(shape)
-        except (AdapterError, StorageError, AttributeError, AssertionError):
-            return False
-        site = find_site(model, name)
-        if site.kind == "shadow" and not site.parameter.is_floating_point():
-            return False
-        return target.row_function is None or row_order(target.row_function, shape[0]) is not None
-
 
 def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
     """A weight that is cast to bf16 in every forward would lose there what was merged into it."""
     return "branch" if getattr(model, "computation_dtype", None) == torch.bfloat16 else arithmetic.dense
-
-
-def _widens(value: Any) -> bool:
-    """Whether it came from a file whose input channels are not the layer's."""
-    return isinstance(value, ForgePatch) and value.widens
-
-
-def _target(name: str, offset: Any, function: Any) -> Target:
-    return Target.parse(name if offset is None and function is None else (name, offset, function))
-
-
-def _unreadable(theirs: HostPatches) -> list[PatchError]:
-    """What the host could not merge beside a patch of its own kind on the same layer."""
-    problems = {}
-    for identifier, patches in theirs.items():
-        for name, stack in patches.items():
-            if any(isinstance(entry[1], ForgePatch) and not entry[1].host_readable for entry in stack):
-                source = source_of(identifier)
-                reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
-                problems.setdefault(source, PatchError(f"{source}: {reason}", source))
-    return list(problems.values())
 
 
 def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
@@ -390,18 +284,3 @@ def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
         if place is not None and place in (patch.target.parameter, patch.target.parameter.rpartition(".")[0])
     ]
     return here[-1] if here else None
-
-
-def source_of(identifier: Any) -> str:
-    """The file that one of the host's patch identifiers stands for."""
-    return str(identifier[0]) if isinstance(identifier, tuple) and identifier else str(identifier)
-
-
-def _flat(host_patches: HostPatches) -> tuple[object, ...]:
-    """Everything that decides the result, comparable: values by identity, numbers by value."""
-    return tuple(
-        (str(identifier), name, id(value), strength, base_factor, offset, function)
-        for identifier, patches in host_patches.items()
-        for name, stack in patches.items()
-        for strength, value, base_factor, offset, function in stack
-    )

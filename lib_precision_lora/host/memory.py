@@ -18,7 +18,8 @@ from torch import nn
 
 from lib_precision_lora.branch import PatchMemoryError
 from lib_precision_lora.host.budgeting import Budgeting, Patches, activation_type, without
-from lib_precision_lora.host.hosted import HostedSession, source_of
+from lib_precision_lora.host.division import source_of
+from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.progress import Interrupted, Stage, unshown
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.files import FileProblem
-from lib_precision_lora.host.hosted import source_of
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, ModelPlan
 from lib_precision_lora.host.patchers import KeptPatchers

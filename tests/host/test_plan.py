@@ -122,7 +122,7 @@ def state(host: Host, card: Card) -> dict[str, Any]:
         "comments": list(engine.comments),
         "parameters": dict(engine.extra_generation_params),
         "sessions": {
-            id(model): (id(session), session._signature, dict(session._adapters), session._sketched)
+            id(model): (id(session), session._signature, dict(session._division._made), session._sketched)
             for model, session in active.sessions().items()
         },
         "fitted": [dict(session._session._fitted._made) for session in active.sessions().values()],

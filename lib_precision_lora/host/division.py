@@ -1,0 +1,153 @@
+"""The host's patches of a model, divided: what runs beside the base, and what goes the host's own way."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lib_precision_lora.adapters import (
+    Adapter,
+    AdapterError,
+    DoRA,
+    ForgePatch,
+    Target,
+    channels_of,
+    from_forge_patch,
+    row_order,
+)
+from lib_precision_lora.branch import Patch, PatchError
+from lib_precision_lora.branch.sites import find_site
+from lib_precision_lora.host.matching import target_shape
+from lib_precision_lora.storage import StorageError
+
+logger = logging.getLogger("lib_precision_lora")
+
+HostPatches = Mapping[Any, Mapping[str, Sequence[Sequence[Any]]]]
+"""The host's `lora_patches`: identifier → parameter → [strength, value, base factor, offset, function]."""
+
+
+class Division:
+    """A parameter all of whose patches are understood is ours; any other goes the host's own way, whole.
+
+    What is made of a patch is kept for as long as it is among those that are divided. stock_dora_norm:
+    whether a DoRA's norm is that of the base alone.
+    """
+
+    def __init__(self, stock_dora_norm: bool = False) -> None:
+        self.stock_dora_norm = stock_dora_norm
+        self._made: dict[int, tuple[Any, Adapter | None]] = {}
+
+    def take_norm_of(self, stock: bool) -> None:
+        if stock != self.stock_dora_norm:
+            self.stock_dora_norm = stock
+            self.clear()
+
+    def clear(self) -> None:
+        self._made.clear()
+
+    def divide(
+        self, model: nn.Module, host_patches: HostPatches
+    ) -> tuple[list[Patch], dict[Any, Mapping[str, Sequence[Sequence[Any]]]]]:
+        """Our patches in the host's order, and the host's part in its own format."""
+        adapters = {}
+        for patches in host_patches.values():
+            for name, stack in patches.items():
+                for entry in stack:
+                    adapters[id(entry[1])] = entry[1], self._adapter(name, entry[1])
+        self._made = adapters
+        foreign = {
+            name
+            for patches in host_patches.values()
+            for name, stack in patches.items()
+            if not all(self._understood(model, name, entry) for entry in stack)
+        }
+        ours = [
+            Patch(
+                source_of(identifier),
+                _target(name, offset, function),
+                self._made[id(value)][1],  # type: ignore[arg-type]
+                float(strength),
+                float(base_factor),
+                _widens(value),
+            )
+            for identifier, patches in host_patches.items()
+            for name, stack in patches.items()
+            if name not in foreign
+            for strength, value, base_factor, offset, function in stack
+        ]
+        theirs = {
+            identifier: {name: stack for name, stack in patches.items() if name in foreign}
+            for identifier, patches in host_patches.items()
+        }
+        return ours, {identifier: patches for identifier, patches in theirs.items() if patches}
+
+    def _adapter(self, name: str, value: Any) -> Adapter | None:
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        try:
+            adapter = from_forge_patch(name, value)
+            if self.stock_dora_norm and isinstance(adapter, DoRA):
+                return dataclasses.replace(adapter, base_norm=True)
+            return adapter
+        except Exception as error:
+            logger.exception("a patch of another extension is left to the WebUI: %s", error)
+            return None
+
+    def _understood(self, model: nn.Module, name: str, entry: Sequence[Any]) -> bool:
+        _, value, _, offset, function = entry
+        adapter = self._made[id(value)][1]
+        if adapter is None:
+            return False
+        try:
+            target = _target(name, offset, function)
+            shape = target_shape(model, target)
+            if _widens(value):
+                channels_of(adapter, shape)
+            else:
+                adapter.check(shape)
+        except (AdapterError, StorageError, AttributeError, AssertionError):
+            return False
+        site = find_site(model, name)
+        if site.kind == "shadow" and not site.parameter.is_floating_point():
+            return False
+        return target.row_function is None or row_order(target.row_function, shape[0]) is not None
+
+
+def _widens(value: Any) -> bool:
+    """Whether it came from a file whose input channels are not the layer's."""
+    return isinstance(value, ForgePatch) and value.widens
+
+
+def _target(name: str, offset: Any, function: Any) -> Target:
+    return Target.parse(name if offset is None and function is None else (name, offset, function))
+
+
+def unreadable(theirs: HostPatches) -> list[PatchError]:
+    """What the host could not merge beside a patch of its own kind on the same layer."""
+    problems = {}
+    for identifier, patches in theirs.items():
+        for name, stack in patches.items():
+            if any(isinstance(entry[1], ForgePatch) and not entry[1].host_readable for entry in stack):
+                source = source_of(identifier)
+                reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
+                problems.setdefault(source, PatchError(f"{source}: {reason}", source))
+    return list(problems.values())
+
+
+def source_of(identifier: Any) -> str:
+    """The file that one of the host's patch identifiers stands for."""
+    return str(identifier[0]) if isinstance(identifier, tuple) and identifier else str(identifier)
+
+
+def flat(host_patches: HostPatches) -> tuple[object, ...]:
+    """Everything that decides the result, comparable: values by identity, numbers by value."""
+    return tuple(
+        (str(identifier), name, id(value), strength, base_factor, offset, function)
+        for identifier, patches in host_patches.items()
+        for name, stack in patches.items()
+        for strength, value, base_factor, offset, function in stack
+    )
