@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.host.budgeting import Budgeting
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
@@ -33,6 +34,7 @@ from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
+from lib_precision_lora.host.planning import Planning
 from lib_precision_lora.host.progress import Progress
 from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
@@ -130,8 +132,8 @@ class ForgeBinding:
                 asides[model] = session.aside(model, settings.arithmetic.stock_dora_norm)
             return asides[model]
 
-        planner = MemoryPlanner(self._memory_management, self._sessions, aside, self.settings, self.notices)
-        return foresee(self.loader, planner, loras, settings.text_encoders, positions)
+        planning = Planning(Budgeting(self._memory_management, self._sessions, aside, self.settings))
+        return foresee(self.loader, planning, loras, settings.text_encoders, positions)
 
     def stand_back(self) -> None:
         """Take everything off, and have the host build its own patches at its next chance.
@@ -321,7 +323,7 @@ class ForgeBinding:
             self._stop_if_set()
             settings = self.settings()
             versions = self.loader.versions if settings.enabled and settings.text_encoders else ()
-            refused = tuple(self.memory.refused()) if versions else ()
+            refused = tuple(self.memory.planning.refused()) if versions else ()
             ours = (settings.arithmetic, versions, self._incomplete, refused) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)
             return (*host_params(processing, *args, **kwargs), ours, overridden)

@@ -17,16 +17,15 @@ from typing import Any
 from torch import nn
 
 from lib_precision_lora.branch import PatchMemoryError
-from lib_precision_lora.host.budgeting import Budgeting, Patches, activation_type, without
+from lib_precision_lora.host.budgeting import Budgeting, activation_type
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.planning import UNPLANNED, ModelPlan, Planning
 from lib_precision_lora.host.progress import Interrupted, Stage, unshown
 from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.memory import Plan
-from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.memory.budget import megabytes
 from lib_precision_lora.memory.meter import peak_allocated
-from lib_precision_lora.memory.placement import choose_resident
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -35,21 +34,6 @@ WORTH_A_MOVE = 256 * 2**20
 
 A_LITTLE_MORE = 1.02
 """How much more a patch set may ask for than before, since free memory is never quite the same."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelPlan:
-    """What was decided for one model: the plan, which modules' factors stay on the card (None: all), the
-    sources that are left out, and the bytes of merged layers' originals, which wait in RAM."""
-
-    plan: Plan
-    resident: frozenset[str] | None
-    left_out: frozenset[str]
-    originals_bytes: int = 0
-
-
-UNPLANNED = ModelPlan(Plan("resident", 0, 0, 0, 0, 0), None, frozenset())
-"""Everything is tried, and nothing is asked of the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +80,9 @@ class MemoryPlanner:
         self._session = session
         self._tell = tell
         self._budgeting = Budgeting(memory_management, sessions, session, settings)
+        self.planning = Planning(self._budgeting, checkpoint)
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        self._checkpoint = checkpoint
         self._stage = stage
         self._positions: int | None = None
         self._granted_for: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -130,7 +114,10 @@ class MemoryPlanner:
         reserve = 0
         try:
             for patcher in patchers:
-                self._plans[patcher.model] = self._plan(patcher, models, required, kept)
+                decided, refused = self.planning.plan(patcher, models, required, kept, self._positions)
+                self._plans[patcher.model] = decided
+                for source, plan in refused.items():
+                    self._refuse(source, plan)
             reserve = sum(self._reserve(patcher) for patcher in patchers)
             room = max(self._host.minimum_inference_memory(), required) + kept + reserve
             for patcher in patchers:
@@ -199,86 +186,6 @@ class MemoryPlanner:
             resident + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
             peak_allocated(self._host.get_torch_device()),
         )
-
-    def refused(self) -> Mapping[str, Plan]:
-        """The files of the present prompt that do not fit on the card with one of the checkpoint's models,
-        however small the image; such a file is left out of all of them."""
-        found: dict[str, Plan] = {}
-        try:
-            for patcher in self._checkpoint():
-                found |= self._choose(patcher, patcher.lora_patches, [patcher], 0, 0, 1)[1]
-        except Exception:
-            logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
-        return found
-
-    def foresee(
-        self, patchers: Sequence[Any], required: Sequence[float], positions: int | None
-    ) -> list[tuple[ModelPlan, dict[str, Plan]]]:
-        """What the plan of each of a checkpoint's patchers would be, and of each file that has no room in it
-        the plan that was refused; nothing is decided, asked of the host, or moved.
-
-        required: the host's own `memory_required` for each. Raises `PatchError` as attaching does.
-        """
-        for patcher in patchers:
-            self._budgeting.sketch(patcher, patcher.lora_patches)
-        alone = [self._choose(each, each.lora_patches, [each], 0, 0, 1)[1] for each in patchers]
-        elsewhere = {source for refused in alone for source in refused}
-        foreseen = []
-        for patcher, own, size in zip(patchers, alone, required, strict=True):
-            if own:  # refused for the smallest image already: told by the numbers of this one
-                own |= self._choose(patcher, patcher.lora_patches, [patcher], size, 0, positions)[1]
-            patches = without(patcher.lora_patches, elsewhere)
-            decided, refused = self._choose(patcher, patches, [patcher], size, 0, positions)
-            left_out = frozenset({source_of(key) for key in patcher.lora_patches} & {*elsewhere, *refused})
-            foreseen.append((ModelPlan(decided.plan, decided.resident, left_out), own | refused))
-        return foreseen
-
-    def _plan(self, patcher: Any, models: Sequence[Any], required: float, kept: float) -> ModelPlan:
-        """The plan with every file, or with each that fits beside those before it."""
-        sources = {source_of(key) for key in patcher.lora_patches}
-        together = any(each.model is patcher.model for each in self._checkpoint())
-        elsewhere = self.refused() if together else {}
-        patches = without(patcher.lora_patches, set(elsewhere))
-        decided, refused = self._choose(patcher, patches, models, required, kept, self._positions)
-        for source, plan in {**refused, **elsewhere}.items():
-            if source in sources:
-                self._refuse(source, plan)
-        return dataclasses.replace(decided, left_out=frozenset({*refused, *elsewhere} & sources))
-
-    def _choose(
-        self,
-        patcher: Any,
-        patches: Patches,
-        models: Sequence[Any],
-        required: float,
-        kept: float,
-        positions: int | None,
-    ) -> tuple[ModelPlan, dict[str, Plan]]:
-        """The plan with as many of these files as fit, and of each other one the plan that was refused."""
-
-        def decide(patches: Patches) -> ModelPlan:
-            footprints = self._budgeting.footprints(patcher, patches)
-            plan = self._budgeting.budget(patcher, footprints, models, required, kept, positions)
-            resident = None
-            if plan.placement == "streamed":
-                sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
-                resident = choose_resident(sizes, plan.resident_bytes)
-            originals = sum(each.host_bytes for each in footprints.values())
-            return ModelPlan(plan, resident, frozenset(), originals)
-
-        every = decide(patches)
-        if every.plan.placement != "refused":
-            return every, {}
-        sources = dict.fromkeys(source_of(key) for key in patches)
-        left_out, refused, decided = set(sources), {}, decide({})
-        for source in sources:
-            trial = decide(without(patches, left_out - {source}))
-            if trial.plan.placement == "refused":
-                refused[source] = trial.plan
-            else:
-                left_out.remove(source)
-                decided = trial
-        return decided, refused
 
     def _reserve(self, patcher: Any) -> int:
         """What is to be kept free for this model beyond what its factors hold already."""

@@ -14,8 +14,8 @@ from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.loading import NetworkLoader
-from lib_precision_lora.host.memory import MemoryPlanner, ModelPlan
 from lib_precision_lora.host.patchers import KeptPatchers
+from lib_precision_lora.host.planning import ModelPlan, Planning
 from lib_precision_lora.memory import Plan
 
 BATCH_ROWS = 2
@@ -62,13 +62,13 @@ class Prospect:
 
 def foresee(
     loader: NetworkLoader,
-    planner: MemoryPlanner,
+    planning: Planning,
     loras: Sequence[tuple[str, float]],
     text_encoders: bool,
     positions: int | None,
 ) -> Prospect:
-    """planner: one that keeps to itself what it decides; loras: names and strengths, in the prompt's order;
-    text_encoders: whether they act on these too; positions: of the latent image.
+    """planning: with sessions that keep to themselves what they make; loras: names and strengths, in the
+    prompt's order; text_encoders: whether they act on these too; positions: of the latent image.
 
     Raises `NoCheckpointError`, and `FileProblem` for a LoRA that cannot be applied to the checkpoint.
     """
@@ -94,7 +94,7 @@ def foresee(
         patchers.append(kept.clip.patcher)
         required.append(0.0)
     try:
-        foreseen = planner.foresee(patchers, required, positions)
+        foreseen = planning.foresee(patchers, required, positions)
     except PatchError as error:
         sentence = str(error)
         for source, name in names.items():
