@@ -8,7 +8,6 @@ of them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import pytest
 
 from lib_precision_lora.ui.settings import BESIDE
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.real_forge import HOW_TO_RUN
 from tests.forge.webui import Generation, WebUI
 
 MIB = 2**20
@@ -33,14 +31,11 @@ SKIPPED = "Precision LoRA skipped: "
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def models(forge_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One checkpoint, a large LoRA and a small one; removed at the end."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
     folder = tmp_path_factory.mktemp("card-models")
     checkpoint = folder / "Stable-diffusion/small.safetensors"
-    make_checkpoint(Path(root).resolve(), checkpoint)
+    make_checkpoint(forge_root, checkpoint)
     save_lora(folder / "Lora/large.safetensors", make_lora(checkpoint, rank=128, seed=1))
     save_lora(folder / "Lora/little.safetensors", make_lora(checkpoint, rank=2, seed=2))
     yield folder
@@ -59,14 +54,15 @@ class Card:
 
 
 @pytest.fixture(scope="module")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WebUI, Card]]:
+def server(
+    forge_root: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[WebUI, Card]]:
     folder = tmp_path_factory.mktemp("card") / "scripts"
     folder.mkdir()
     shutil.copy(Path(__file__).with_name("simulated_card.py"), folder)
     card = Card(folder)
-    root = Path(os.environ["FORGE_ROOT"]).resolve()
     data = tmp_path_factory.mktemp("card-server") / "data"
-    with WebUI(root, data, models, extension=True, others={"a-simulated-card": folder.parent}) as webui:
+    with WebUI(forge_root, data, models, extension=True, others={"a-simulated-card": folder.parent}) as webui:
         webui.wait_until_ready()
         yield webui, card
 

@@ -3,8 +3,6 @@ ended by the user midway, and by a page that offers what the WebUI does not."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +12,8 @@ import pytest
 from lib_precision_lora.host.infotext import LOW_BITS, MODE
 from lib_precision_lora.ui.applied import BY_HOST, UNFINISHED
 from lib_precision_lora.ui.choices import AS_SET, FP16_LORA
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.page import VIEWPORT, chromium
+from tests.forge.page import VIEWPORT
 from tests.forge.panel_page import NARROW, PanelPage
-from tests.forge.real_forge import HOW_TO_RUN
 from tests.forge.webui import Generation, WebUI
 
 if TYPE_CHECKING:
@@ -33,30 +29,18 @@ OpenPage = Callable[[str], PanelPage]
 
 
 @pytest.fixture(scope="module")
-def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+def webui(forge_root: Path, folder: Path) -> Iterator[WebUI]:
     """A Forge with the extension; img2img's accordion begins with what another version offered."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    forge, folder = Path(root).resolve(), tmp_path_factory.mktemp("clicking")
-    make_checkpoint(forge, checkpoint := folder / "models/Stable-diffusion/small.safetensors")
-    save_lora(folder / "models/Lora/strong.safetensors", make_lora(checkpoint, rank=8, seed=1))
     defaults = {"customscript/precision_lora.py/img2img/Diffusion in Low Bits/value": NOT_THERE}
-    with WebUI(forge, folder / "webui", folder / "models", extension=True, page_defaults=defaults) as webui:
+    data, models = folder / "webui", folder / "models"
+    with WebUI(forge_root, data, models, extension=True, page_defaults=defaults) as webui:
         webui.wait_until_ready()
         yield webui
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def base(webui: WebUI) -> Generation:
     return webui.generate(f"a cat {LORA}")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    with chromium(tmp_path_factory.mktemp("browser")) as context:
-        yield context
 
 
 @pytest.fixture

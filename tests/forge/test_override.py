@@ -6,9 +6,7 @@ The checkpoint's weights are values of float8 e4m3, so that Forge's other eight-
 from __future__ import annotations
 
 import base64
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +18,7 @@ import pytest
 
 from lib_precision_lora.host.infotext import LOW_BITS, MODE
 from lib_precision_lora.host.xyz import LOW_BITS_AXIS, MODE_AXIS
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
 from tests.forge.plot import plot
-from tests.forge.real_forge import HOW_TO_RUN
 from tests.forge.webui import SMALL_IMAGE, Generation, ServerError, WebUI
 
 COARSE, E5M2, E4M3 = "float8-e5m2", "float8_e5m2", "float8_e4m3fn"
@@ -47,28 +43,11 @@ HIRES = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two checkpoints with the same content, a LoRA, and what the server writes; removed at the end, for
-    pytest would keep it."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    folder = tmp_path_factory.mktemp("override")
+def folder(folder: Path) -> Path:
+    """With two checkpoints of the same content."""
     checkpoint = folder / "models/Stable-diffusion/small.safetensors"
-    make_checkpoint(Path(root).resolve(), checkpoint)
     checkpoint.with_name("twin.safetensors").hardlink_to(checkpoint)
-    save_lora(folder / "models/Lora/strong.safetensors", make_lora(checkpoint, rank=8, seed=1))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def webui(data: Path) -> Iterator[WebUI]:
-    root = Path(os.environ["FORGE_ROOT"]).resolve()
-    with WebUI(root, data / "webui", data / "models", extension=True) as server:
-        server.wait_until_ready()
-        server.post("options", {"sd_model_checkpoint": "small.safetensors"})
-        yield server
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +56,9 @@ def base(webui: WebUI) -> Generation:
 
 
 @pytest.fixture
-def config(data: Path, base: Generation) -> Iterator[Path]:
+def config(folder: Path, base: Generation) -> Iterator[Path]:
     """The user's settings on disk: the same bytes after the test."""
-    file = data / "webui/config.json"
+    file = folder / "webui/config.json"
     before = file.read_bytes()
     yield file
     assert file.read_bytes() == before

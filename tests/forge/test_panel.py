@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from lib_precision_lora import __version__
 from lib_precision_lora.host.infotext import LOW_BITS, MODE, VERSION
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, FP16_LORA, OURS, STOCK_MERGE
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.page import VIEWPORT, chromium
+from tests.forge.page import VIEWPORT
 from tests.forge.panel_page import NARROW, PanelPage
-from tests.forge.real_forge import HOW_TO_RUN
 from tests.forge.webui import REPOSITORY, ServerError, WebUI
 
 if TYPE_CHECKING:
@@ -34,25 +30,12 @@ CALLS, CLIENTS = 200, 25
 
 
 @pytest.fixture(scope="module")
-def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+def webui(forge_root: Path, folder: Path) -> Iterator[WebUI]:
     """A Forge with the extension, whose API asks for credentials."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    forge, models = Path(root).resolve(), tmp_path_factory.mktemp("models")
-    make_checkpoint(forge, checkpoint := models / "Stable-diffusion/small.safetensors")
-    save_lora(models / "Lora/strong.safetensors", make_lora(checkpoint, rank=8, seed=1))
-    data = tmp_path_factory.mktemp("panel") / "webui"
-    with WebUI(forge, data, models, extension=True, credentials="tester:secret") as webui:
+    data, models = folder / "webui", folder / "models"
+    with WebUI(forge_root, data, models, extension=True, credentials="tester:secret") as webui:
         webui.wait_until_ready()
         yield webui
-    shutil.rmtree(models)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    with chromium(tmp_path_factory.mktemp("browser")) as context:
-        yield context
 
 
 @pytest.fixture

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.real_forge import HOW_TO_RUN
+from tests.forge.checkpoint import make_lora, save_lora
 from tests.forge.webui import Generation, WebUI
 
 UNUSED_BYTES = 1200 * 2**20
@@ -26,15 +23,10 @@ SKIPPED = "Precision LoRA skipped: "
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint, and DoRAs on it: their norms are read from every layer, one after the other. The first
+def folder(folder: Path) -> Path:
+    """With DoRAs: their norms are read from every layer, one after the other. The first
     file is large; what it has too much belongs to a text encoder that the checkpoint does not have."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    folder = tmp_path_factory.mktemp("progress")
     checkpoint = folder / "models/Stable-diffusion/small.safetensors"
-    make_checkpoint(Path(root).resolve(), checkpoint)
     for seed, name in enumerate(NAMES):
         tensors = make_lora(checkpoint, rank=8, seed=seed)
         for key in [key for key in tensors if key.endswith(".lora_up.weight")]:
@@ -44,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             )
         save_lora(folder / f"models/Lora/{name}.safetensors", tensors)
     append_unused(folder / "models/Lora/first.safetensors")
-    yield folder
-    shutil.rmtree(folder)
+    return folder
 
 
 def append_unused(path: Path) -> None:
@@ -64,15 +55,6 @@ def append_unused(path: Path) -> None:
     os.truncate(path, 8 + len(text) + len(data) + UNUSED_BYTES)
     with safetensors.safe_open(path, "pt") as file:
         assert len(file.keys()) == len(header) - ("__metadata__" in header)
-
-
-@pytest.fixture(scope="module")
-def webui(folder: Path) -> Iterator[WebUI]:
-    root = Path(os.environ["FORGE_ROOT"]).resolve()
-    with WebUI(root, folder / "webui", folder / "models", extension=True) as server:
-        server.wait_until_ready()
-        server.generate("a cat")
-        yield server
 
 
 class Watched:

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import safetensors.torch
 
-from tests.forge.checkpoint import UNET, make_checkpoint, make_lora, save_lora
-from tests.forge.page import Page, chromium
-from tests.forge.real_forge import HOW_TO_RUN
+from tests.forge.checkpoint import UNET
+from tests.forge.page import Page
 from tests.forge.test_webui import ROUNDING, VISIBLE
 from tests.forge.webui import WebUI
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
 
 PROMPT = "a cat <lora:strong:1>"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint, a LoRA, and what is written; removed at the end, for pytest would keep it."""
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    folder = tmp_path_factory.mktemp("saving")
-    checkpoint = folder / "models/Stable-diffusion/small.safetensors"
-    make_checkpoint(Path(root).resolve(), checkpoint)
-    save_lora(folder / "models/Lora/strong.safetensors", make_lora(checkpoint, rank=8, seed=1))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def webui(folder: Path) -> Iterator[WebUI]:
-    root = Path(os.environ["FORGE_ROOT"]).resolve()
-    with WebUI(root, folder / "webui", folder / "models", extension=True) as server:
-        server.wait_until_ready()
-        server.post("options", {"sd_model_checkpoint": "small.safetensors"})
-        yield server
-
-
-@pytest.fixture(scope="module")
-def page(webui: WebUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("browser")) as context:
-        page = Page(context, webui.url)
-        yield page
-        assert page.errors == []
+def page(webui: WebUI, browser: BrowserContext) -> Iterator[Page]:
+    page = Page(browser, webui.url)
+    yield page
+    assert page.errors == []
 
 
 def test_a_checkpoint_that_is_saved_with_a_lora_makes_its_image_without_it(

@@ -6,7 +6,6 @@ it writes in a temporary folder.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,7 @@ import pytest
 
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
 from tests.forge.damaged import DAMAGES, truncate
-from tests.forge.page import Page, chromium
-from tests.forge.real_forge import HOW_TO_RUN
+from tests.forge.page import Page
 from tests.forge.webui import Generation, ServerError, WebUI
 
 if TYPE_CHECKING:
@@ -32,14 +30,6 @@ VISIBLE = 20
 
 SKIPPED = "Precision LoRA skipped: "
 MOVED = ("Moving model(s)", "All loaded to GPU", "Loading Model")
-
-
-@pytest.fixture(scope="module")
-def forge_root() -> Path:
-    root = os.environ.get("FORGE_ROOT")
-    if not root:
-        pytest.skip(HOW_TO_RUN)
-    return Path(root).resolve()
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +90,6 @@ def base(webui: WebUI) -> Generation:
 def strong(webui: WebUI) -> Generation:
     """The image with the LoRA that most tests use, at full strength."""
     return ours(webui, "a cat <lora:strong:1>")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    with chromium(tmp_path_factory.mktemp("browser")) as context:
-        yield context
 
 
 @pytest.fixture
