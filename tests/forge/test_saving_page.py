@@ -40,7 +40,6 @@ def test_a_checkpoint_that_is_saved_with_a_lora_makes_its_image_without_it(
     message = page.save("Checkpoint", "merged.safetensors")
     assert "Saved with 1 LoRA (strong) merged into " in message
     assert "costs less than 0.1 % of what they add." in message
-    page.screenshot("saved")
     assert "Saved with 1 LoRA (strong) merged into " in webui.log(position)
     assert webui.generate(PROMPT).png == image.png, "saving disturbs nothing"
     files = {file.name for file in checkpoints.iterdir()}

@@ -261,7 +261,6 @@ def test_the_page_shows_what_was_left_out(page: Page, webui: WebUI) -> None:
     position = webui.log_position()
     assert "left out" not in page.generate("a hill <lora:strong:1>")
     assert webui.log(position).count("[Precision LoRA] LoRA strong") == 1
-    page.screenshot("generation")
     messages = page.generate("a pond <lora:truncated:1>")
     assert "LoRA truncated was left out: truncated.safetensors is no complete safetensors file" in messages
     page.screenshot("left-out", page.results)
