@@ -12,12 +12,7 @@ from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.prospect import NoCheckpointError
 from lib_precision_lora.ui.settings import TEXT_ENCODERS
 from tests.host.card import Card, card_with_us, size_of
-from tests.host.checkpoints import TEXT_LAYER, Checkpoint
-from tests.host.damage import DAMAGE
-from tests.host.generation import generate, load_checkpoint
-from tests.host.loras import LAYERS, Active, make_lora, prompt, with_loha
-from tests.host.observers import bases_of, hooks_of
-from tests.host.test_card import (
+from tests.host.card_plans import (
     INFERENCE,
     PLENTY,
     POSITIONS,
@@ -28,6 +23,11 @@ from tests.host.test_card import (
     preserved,
     workspace_bytes,
 )
+from tests.host.checkpoints import TEXT_LAYER, Checkpoint
+from tests.host.damage import DAMAGE
+from tests.host.generation import generate, load_checkpoint
+from tests.host.loras import LAYERS, Active, make_lora, prompt, with_loha
+from tests.host.observers import bases_of, hooks_of
 from tests.host.webui import Host
 
 TEXT_FACTORS = layer_bytes((8, 4), 8)
