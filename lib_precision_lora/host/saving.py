@@ -73,7 +73,8 @@ class Saving:
             for root, session in self._attached(model):
                 with self._stage("merging LoRAs into what is saved") as tick:
                     _put_effective(state, model, prefix, root, session, part, tick)
-            _unpack(state, model, prefix, part)
+            with self._stage("unpacking GGUF weights for what is saved") as tick:
+                _unpack(state, model, prefix, part, tick)
             if saved is None:
                 _tell(part)
             else:
@@ -165,30 +166,37 @@ def _put_effective(
     saved.host_layers += sum(session.host_layers.values())
 
 
-def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved) -> None:
+def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved, tick: Tick) -> None:
     """Write every GGUF parameter dense that is not so already."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is None or getattr(parameter, "gguf_cls", None) is None:
-                continue
-            place = f"{prefix}{path}." if path else prefix
-            stored = stored_weight(parameter, module)
-            saved.unpacked += 1
-            if not state[place + attribute].is_floating_point():
-                with torch.no_grad():
-                    encoded = encode(module, attribute, parameter, stored.dense())
-                _exchange(state, place, encoded.entries, place + attribute)
+    packed = [
+        (f"{prefix}{path}." if path else prefix, module, attribute, parameter)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and getattr(parameter, "gguf_cls", None) is not None
+    ]
+    saved.unpacked += len(packed)
+    for done, (place, module, attribute, parameter) in enumerate(packed):
+        tick(done, len(packed))
+        if not state[place + attribute].is_floating_point():
+            with torch.no_grad():
+                encoded = encode(module, attribute, parameter, stored_weight(parameter, module).dense())
+            _exchange(state, place, encoded.entries, place + attribute)
 
 
 def _exchange(state: StateDict, place: str, entries: Mapping[str, Tensor], name: str) -> None:
-    """Nothing comes in under a name that the host's own file would not have."""
+    """Nothing comes in under a name that the host's own file would not have; each place has memory of its
+    own, since safetensors refuses what is shared.
+
+    What is unpacked goes to the CPU: all of it would not fit beside the model on a card.
+    """
     for key, value in entries.items():
         if place + key not in state:
             raise StorageError(
                 f"layer {name}: its {key} is not among what this WebUI saves; lower the strengths of the "
                 "LoRAs, or store the checkpoint in a wider type"
             )
-        state[place + key] = value
+        unpacked = value.is_floating_point() and not state[place + key].is_floating_point()
+        state[place + key] = value.to("cpu" if unpacked else value.device, copy=True)
 
 
 def _tell(saved: Saved) -> None:
