@@ -32,7 +32,7 @@ from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, sou
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
-from lib_precision_lora.host.progress import Progress
+from lib_precision_lora.host.progress import NoJob, Progress
 from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
@@ -95,7 +95,7 @@ class ForgeBinding:
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
-            *Saving(self._sessions, self.progress.stage).replacements(utils, ForgeDiffusionEngine),
+            *Saving(self._sessions, Progress(NoJob).stage).replacements(utils, ForgeDiffusionEngine),
         ]
         self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
 

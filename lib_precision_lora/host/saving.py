@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lib_precision_lora.branch.rounding import rounded
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.notices import name_of
-from lib_precision_lora.host.progress import Interrupted, Stage, unshown
+from lib_precision_lora.host.progress import Stage, unshown
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.report.saved import Saved
 from lib_precision_lora.storage import StorageError, encode, stored_weight
@@ -42,8 +42,8 @@ class SavingError(RuntimeError):
 class Saving:
     """What is swapped of the host's saving.
 
-    sessions: those that there are, by model; stage: where merging is shown. Nothing is attached, taken off,
-    moved or written in a model.
+    sessions: those that there are, by model; stage: where merging is shown. A click saves in a thread of its
+    own, beside a job that may run. Nothing is attached, taken off, moved or written in a model.
     """
 
     def __init__(self, sessions: Mapping[nn.Module, HostedSession], stage: Stage = unshown) -> None:
@@ -96,11 +96,7 @@ class Saving:
                     path = filename
             except Exception as error:
                 logger.exception("saving with LoRAs failed")
-                reason = (
-                    str(error)
-                    if isinstance(error, (ValueError, Interrupted))
-                    else f"{type(error).__name__}: {error}"
-                )
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 raise _as_the_page_shows_it(f"Nothing was saved: {reason}") from error
             finally:
                 self._writing.saved = None
@@ -117,7 +113,7 @@ class Saving:
 
     def _attached(self, module: nn.Module) -> Iterator[tuple[nn.Module, HostedSession]]:
         """Where something stands on this module, or in a model that it is part of, or that is part of it."""
-        for root, session in self._sessions.items():
+        for root, session in list(self._sessions.items()):  # a generation may make another one meanwhile
             if session.attached and (_is_within(root, module) or _is_within(module, root)):
                 yield root, session
 

@@ -278,6 +278,22 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_file(
     assert len(save(host, checkpoint, path)) > 10
 
 
+def test_what_is_pressed_for_a_job_that_runs_meanwhile_keeps_no_file_from_being_saved(
+    host: Host, checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(host, prompt("a cat", *BOTH))
+    expected = save(host, checkpoint, path)
+    for pressed in ("interrupted", "skipped"):
+        with monkeypatch.context() as patch:
+            patch.setattr(host.shared.state, "job_count", 1)
+            patch.setattr(host.shared.state, "textinfo", "of the job")
+            patch.setattr(host.shared.state, pressed, True)
+            tensors = save(host, checkpoint, path)
+            assert host.shared.state.textinfo == "of the job"
+        assert tensors.keys() == expected.keys()
+        assert all(same_bytes(tensors[key], expected[key]) for key in expected)
+
+
 @contextmanager
 def clicked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """As in the handler of a click in the page; what the page is told."""
