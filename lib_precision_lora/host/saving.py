@@ -91,9 +91,9 @@ class Saving:
             self._writing.saved = saved
             try:
                 path = host_save(engine, partial)
-                if path == partial:
+                if os.path.exists(partial):  # whatever the host returns
                     os.replace(partial, filename)
-                    path = filename
+                    path = filename if path == partial else path
             except Exception as error:
                 logger.exception("saving with LoRAs failed")
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -123,6 +123,27 @@ def test_in_one_file_the_parts_without_a_lora_are_unpacked_as_well(tmp_path: Pat
     assert len(lines) == 1
 
 
+def test_a_file_is_kept_whose_path_its_saver_does_not_return(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(SHAPE[1], SHAPE[0])}).requires_grad_(False)
+    session = PatchSession(model)
+    session.apply([("file", {"first.weight": LORA.adapter}, 1.0)])
+    state_dict = saving((model, session))
+    hosted = SimpleNamespace(attached=session.attached)
+
+    class Engine:
+        forge_objects = SimpleNamespace(unet=SimpleNamespace(model=model), clip=None)
+
+        def save_unet(self, filename: str) -> None:
+            safetensors.torch.save_file(state_dict(model), filename)
+
+    utils = SimpleNamespace(get_state_dict_after_quant=None)
+    Saving({model: hosted}).replacements(utils, Engine)  # type: ignore[dict-item]
+    path = tmp_path / "file.safetensors"
+    assert Engine().save_unet(str(path)) is None  # type: ignore[func-returns-value]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert not torch.equal(safetensors.torch.load_file(path)["first.weight"], model["first"].weight)
+
+
 @pytest.mark.parametrize("name", ["bnb-nf4", "bnb-nf4-nested", "bnb-fp4"])
 def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_the_file(
     name: str, tmp_path: Path
