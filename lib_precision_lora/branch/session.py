@@ -54,7 +54,8 @@ class PatchSession:
 
     `apply` is all or nothing. What stays the same from one set to the next stays attached: a change of
     strength exchanges a few numbers per layer. The session refers to the model weakly, and the model to
-    the session not at all. When it is gone, so are the parameters that stood in for the host's.
+    the session not at all. When it is gone, so are the parameters that stood in for the host's;
+    hooks stay until `clear`.
 
     timed: the name of the model's part of which one forward is a step; overhead: what branches cost in it.
     """

@@ -32,6 +32,12 @@ class Shadow:
         module = self.module()
         return module is not None and module._parameters.get(self.attribute) is self.shadow
 
+    def stands_as(self, present: Tensor, module: nn.Module, attribute: str) -> bool:
+        """Whether `present`, which `module.attribute` reads, is the shadow, or the host's copy of it."""
+        if present is self.shadow:
+            return True
+        return self.attribute == attribute and self.module() is module and self._is_copy(present)
+
     def attach(self) -> None:
         module = self.module()
         if module is not None:

@@ -51,7 +51,7 @@ def find_site(model: nn.Module, name: str, shadows: Iterable[Shadow] = ()) -> Si
     reader = _wrapped_embedding(owner, attribute) or owner
     present = getattr(reader, attribute)
     assert isinstance(present, Tensor)
-    behind = (piece.original for piece in shadows if piece.shadow is present)
+    behind = (piece.original for piece in shadows if piece.stands_as(present, reader, attribute))
     return Site(reader, attribute, _kind(reader, attribute), next(behind, present))
 
 

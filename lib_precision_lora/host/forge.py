@@ -30,12 +30,12 @@ from lib_precision_lora.host.budgeting import Budgeting
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
-from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession
+from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, StillMerged
 from lib_precision_lora.host.loading import NetworkLoader
 from lib_precision_lora.host.memory import MemoryPlanner, MemoryReport
 from lib_precision_lora.host.notices import Notices
 from lib_precision_lora.host.planning import Planning
-from lib_precision_lora.host.progress import Progress
+from lib_precision_lora.host.progress import NoJob, Progress
 from lib_precision_lora.host.prospect import Prospect, foresee
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
@@ -87,6 +87,7 @@ class ForgeBinding:
             self.progress.stage,
         )
         self.loader = NetworkLoader(files, self.notices, self.record, self.progress)
+        saving = Saving(self._sessions, Progress(NoJob).stage, self._prompted)
         self._replacements = [
             Replacement(lora.LoraLoader, "refresh", self._make_refresh),
             Replacement(memory_management, "load_models_gpu", self._make_load_models),
@@ -98,7 +99,7 @@ class ForgeBinding:
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
-            *Saving(self._sessions, self.progress.stage).replacements(utils, ForgeDiffusionEngine),
+            *saving.replacements(utils, ForgeDiffusionEngine),
         ]
         self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
 
@@ -156,6 +157,10 @@ class ForgeBinding:
         for replacement in reversed(self._replacements):
             replacement.undo()
 
+    def _prompted(self) -> bool:
+        """Whether the last prompt had LoRAs that are ours to apply."""
+        return self.settings().enabled and any(self.loader.versions)
+
     def _follows(self, patcher: Any) -> bool:
         """Whether a placed model may have to change: it takes LoRAs, and ours are on, or still attached."""
         model = getattr(patcher, "model", None)
@@ -203,8 +208,11 @@ class ForgeBinding:
             if (left_out or problems) and not hasattr(model, "diffusion_model"):
                 self._incomplete += 1
             for problem in problems:
-                failed = not isinstance(problem, AttachInterrupted)
-                self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
+                if isinstance(problem, StillMerged):
+                    self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
+                else:
+                    failed = not isinstance(problem, AttachInterrupted)
+                    self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
 
         return refresh
 

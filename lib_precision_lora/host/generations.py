@@ -54,12 +54,15 @@ class Generations:
             self._keep(task, started)
 
     def end(self, p: Any, low_bits: str | None = None, finished: bool = True) -> GenerationReport | None:
-        """The report of a generation that has its images; finished: all of them, and to their last step."""
+        """The report of a generation at its end; finished: False where the user has interrupted it, perhaps
+        before it came to its LoRAs."""
         active, started = binding.active(), getattr(p, "precision_lora_started", None)
         if active is None or started is None:
             return None
-        report = make_report(active, active.record.since(started.number), low_bits)
-        self.last = dataclasses.replace(report, finished=finished)
+        if finished:
+            self.last = make_report(active, active.record.since(started.number), low_bits)
+        else:
+            self.last = dataclasses.replace(unfinished(active, started), low_bits=low_bits)
         self._keep(current_task(), self.last)
         return self.last
 
@@ -89,7 +92,7 @@ def current_task() -> str:
 
 
 def unfinished(active: Any, started: Started) -> GenerationReport:
-    """As far as a generation came that ended with an error."""
+    """As far as a generation came that ended before its time."""
     passes = [done for done in active.record.since(started.number) if done.number > started.number]
     return dataclasses.replace(make_report(active, passes), finished=False)
 

@@ -34,6 +34,10 @@ class AttachInterrupted(PatchError):
     """A source that the user did not wait for: nothing is wrong with it."""
 
 
+class StillMerged(PatchError):
+    """The host could not take out what it had merged: no file's fault, and tried again at each occasion."""
+
+
 class HostedSession:
     """Keeps one model's branches equal to what the host's patch dictionary says.
 
@@ -84,7 +88,12 @@ class HostedSession:
             self._bring(model, host_patches, arithmetic, merge, tick, problems)
         except Interrupted:
             problems += self._take_off(host_patches, {problem.source for problem in problems}, merge)
-        self._problems, self._signature = problems, signature
+        if self._theirs is None:
+            problems.append(
+                StillMerged("the WebUI could not take out what it had merged; load the checkpoint anew")
+            )
+        self._problems = problems
+        self._signature = None if self._theirs is None else signature
         self._values = [
             entry[1] for patches in host_patches.values() for stack in patches.values() for entry in stack
         ]
@@ -237,7 +246,7 @@ class HostedSession:
         self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic, tick: Tick
     ) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
-        one of its parts, the last of them goes first."""
+        one of its parts, the last of them goes first; where the failure is none that is foreseen, all go."""
         problems: list[PatchError] = []
         dense, released = _policy(model, arithmetic), False
         while True:

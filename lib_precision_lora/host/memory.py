@@ -145,7 +145,6 @@ class MemoryPlanner:
                     logger.warning("%s; trying once more with factors streamed from RAM", error)
                     session.place(device, dtype, frozenset(), tick)
             self._seconds += time.perf_counter() - start
-            self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
             self._log(patcher, decided)
         except PatchMemoryError as error:
             self._leave_out_all(patcher, decided, error)
@@ -153,6 +152,8 @@ class MemoryPlanner:
             pass  # the first forward places the rest, if there is one
         except Exception:  # the first forward places them as well
             logger.exception("placing LoRAs failed; please report it with the console's log")
+        finally:
+            self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
     def guard(self, host_free_memory: Callable[..., None]) -> Callable[..., None]:
         """The host's `free_memory`, never asked for more than the card has."""

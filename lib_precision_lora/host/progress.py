@@ -39,6 +39,15 @@ def unshown(name: str) -> Iterator[Tick]:
     yield untold
 
 
+class NoJob:
+    """The state of a stage that is part of no job: it is shown in the log alone. A job that may run meanwhile
+    has its bar for itself, and what is pressed for it."""
+
+    textinfo: str | None = None
+    job_count = 0
+    interrupted = skipped = False
+
+
 class Progress:
     """Stages of what the WebUI is waiting for.
 

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from lib_precision_lora.branch.rounding import rounded
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.notices import name_of
-from lib_precision_lora.host.progress import Interrupted, Stage, unshown
+from lib_precision_lora.host.progress import Stage, unshown
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.report.saved import Saved
 from lib_precision_lora.storage import StorageError, encode, stored_weight
@@ -32,7 +33,13 @@ from lib_precision_lora.ticks import Tick
 logger = logging.getLogger("lib_precision_lora")
 
 StateDict = dict[str, Tensor]
-SAVES = ("save_unet", "save_checkpoint")
+UNET_ALONE = "save_unet"
+SAVES = (UNET_ALONE, "save_checkpoint")
+WITHOUT = "Saved without LoRAs"
+REASON_WITHOUT = (
+    "none is active on what was saved. A checkpoint that was loaded anew for this has none: generate once "
+    "with the LoRAs and without an override, and save again"
+)
 
 
 class SavingError(RuntimeError):
@@ -42,12 +49,18 @@ class SavingError(RuntimeError):
 class Saving:
     """What is swapped of the host's saving.
 
-    sessions: those that there are, by model; stage: where merging is shown. Nothing is attached, taken off,
-    moved or written in a model.
+    sessions: those that there are, by model; stage: where merging is shown; prompted: whether the last prompt
+    had LoRAs. A click saves in a thread of its own, beside a job that may run. Nothing is attached, taken
+    off, moved or written in a model.
     """
 
-    def __init__(self, sessions: Mapping[nn.Module, HostedSession], stage: Stage = unshown) -> None:
-        self._sessions, self._stage = sessions, stage
+    def __init__(
+        self,
+        sessions: Mapping[nn.Module, HostedSession],
+        stage: Stage = unshown,
+        prompted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._sessions, self._stage, self._prompted = sessions, stage, prompted
         self._writing = threading.local()  # its `saved` is that of the file which this thread writes now
 
     def replacements(self, utils: Any, engine: type) -> list[Replacement]:
@@ -56,7 +69,7 @@ class Saving:
         return [
             Replacement(utils, "get_state_dict_after_quant", self._make_state_dict),
             *(
-                Replacement(owner, name, self._make_save)
+                Replacement(owner, name, partial(self._make_save, name))
                 for owner in (engine, *_subclasses(engine))
                 for name in SAVES
                 if name in vars(owner)
@@ -73,7 +86,8 @@ class Saving:
             for root, session in self._attached(model):
                 with self._stage("merging LoRAs into what is saved") as tick:
                     _put_effective(state, model, prefix, root, session, part, tick)
-            _unpack(state, model, prefix, part)
+            with self._stage("unpacking GGUF weights for what is saved") as tick:
+                _unpack(state, model, prefix, part, tick)
             if saved is None:
                 _tell(part)
             else:
@@ -82,24 +96,25 @@ class Saving:
 
         return get_state_dict_after_quant
 
-    def _make_save(self, host_save: Callable[..., Any]) -> Callable[..., Any]:
+    def _make_save(self, name: str, host_save: Callable[..., Any]) -> Callable[..., Any]:
         def save(engine: Any, filename: Any) -> Any:
-            if self._present() is not None or not self._anything_attached(engine):
+            if self._present() is not None:
                 return host_save(engine, filename)
+            if not self._anything_attached(engine, name):
+                path = host_save(engine, filename)
+                if self._prompted():
+                    _say(f"{WITHOUT}: {REASON_WITHOUT}")
+                return path
             partial, saved = f"{filename}.part", Saved()
             self._writing.saved = saved
             try:
                 path = host_save(engine, partial)
-                if path == partial:
+                if os.path.exists(partial):  # whatever the host returns
                     os.replace(partial, filename)
-                    path = filename
+                    path = filename if path == partial else path
             except Exception as error:
                 logger.exception("saving with LoRAs failed")
-                reason = (
-                    str(error)
-                    if isinstance(error, (ValueError, Interrupted))
-                    else f"{type(error).__name__}: {error}"
-                )
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 raise _as_the_page_shows_it(f"Nothing was saved: {reason}") from error
             finally:
                 self._writing.saved = None
@@ -116,13 +131,15 @@ class Saving:
 
     def _attached(self, module: nn.Module) -> Iterator[tuple[nn.Module, HostedSession]]:
         """Where something stands on this module, or in a model that it is part of, or that is part of it."""
-        for root, session in self._sessions.items():
+        for root, session in list(self._sessions.items()):  # a generation may make another one meanwhile
             if session.attached and (_is_within(root, module) or _is_within(module, root)):
                 yield root, session
 
-    def _anything_attached(self, engine: Any) -> bool:
+    def _anything_attached(self, engine: Any, name: str) -> bool:
+        """On the models that this function of the host saves."""
         objects = engine.forge_objects
-        models = [objects.unet.model, *([] if objects.clip is None else [objects.clip.cond_stage_model])]
+        encoders = [] if objects.clip is None or name == UNET_ALONE else [objects.clip.cond_stage_model]
+        models = [objects.unet.model, *encoders]
         return any(True for model in models for _ in self._attached(model))
 
 
@@ -165,42 +182,51 @@ def _put_effective(
     saved.host_layers += sum(session.host_layers.values())
 
 
-def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved) -> None:
+def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved, tick: Tick) -> None:
     """Write every GGUF parameter dense that is not so already."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is None or getattr(parameter, "gguf_cls", None) is None:
-                continue
-            place = f"{prefix}{path}." if path else prefix
-            stored = stored_weight(parameter, module)
-            saved.unpacked += 1
-            if not state[place + attribute].is_floating_point():
-                with torch.no_grad():
-                    encoded = encode(module, attribute, parameter, stored.dense())
-                _exchange(state, place, encoded.entries, place + attribute)
+    packed = [
+        (f"{prefix}{path}." if path else prefix, module, attribute, parameter)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and getattr(parameter, "gguf_cls", None) is not None
+    ]
+    saved.unpacked += len(packed)
+    for done, (place, module, attribute, parameter) in enumerate(packed):
+        tick(done, len(packed))
+        if not state[place + attribute].is_floating_point():
+            with torch.no_grad():
+                encoded = encode(module, attribute, parameter, stored_weight(parameter, module).dense())
+            _exchange(state, place, encoded.entries, place + attribute)
 
 
 def _exchange(state: StateDict, place: str, entries: Mapping[str, Tensor], name: str) -> None:
-    """Nothing comes in under a name that the host's own file would not have."""
+    """Nothing comes in under a name that the host's own file would not have; each place has memory of its
+    own, since safetensors refuses what is shared.
+
+    What is unpacked goes to the CPU: all of it would not fit beside the model on a card.
+    """
     for key, value in entries.items():
         if place + key not in state:
             raise StorageError(
                 f"layer {name}: its {key} is not among what this WebUI saves; lower the strengths of the "
                 "LoRAs, or store the checkpoint in a wider type"
             )
-        state[place + key] = value
+        unpacked = value.is_floating_point() and not state[place + key].is_floating_point()
+        state[place + key] = value.to("cpu" if unpacked else value.device, copy=True)
 
 
 def _tell(saved: Saved) -> None:
+    if saved.losses:
+        _say(saved.sentence, serious=saved.most_is_lost)
+
+
+def _say(message: str, serious: bool = True) -> None:
     """To the log, and to the page where it has asked for this."""
-    if not saved.losses:
-        return
-    message, lost = saved.sentence, saved.most_is_lost
-    logger.log(logging.WARNING if lost else logging.INFO, "%s", message)
+    logger.log(logging.WARNING if serious else logging.INFO, "%s", message)
     if _page_waits():
         import gradio
 
-        (gradio.Warning if lost else gradio.Info)(f"Precision LoRA: {html.escape(message, quote=False)}")
+        (gradio.Warning if serious else gradio.Info)(f"Precision LoRA: {html.escape(message, quote=False)}")
 
 
 def _as_the_page_shows_it(message: str) -> Exception:

@@ -52,11 +52,6 @@ def encode(module: nn.Module, attribute: str, parameter: Tensor, values: Tensor)
     return ENCODERS[type(place.stored)](place, values)
 
 
-def is_packed_in_gguf(kind: str) -> bool:
-    """Whether a stored weight of this kind is written in another type than its own."""
-    return kind.startswith("gguf-")
-
-
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in a floating type, rounded once; memory of its own.
 
@@ -76,7 +71,7 @@ def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _encode_dense(place: Place, values: Tensor) -> Encoded:
     assert isinstance(place.stored, DenseWeight)
     dtype, kind = place.stored.stored.dtype, place.stored.kind
-    return _as_dense(place, nearest(values, dtype), DENSE_KINDS[dtype] if is_packed_in_gguf(kind) else kind)
+    return _as_dense(place, nearest(values, dtype), DENSE_KINDS[dtype] if kind.startswith("gguf-") else kind)
 
 
 def _encode_gguf(place: Place, values: Tensor) -> Encoded:

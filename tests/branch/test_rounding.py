@@ -119,6 +119,33 @@ def test_what_is_merged_or_shadowed_is_looked_through_to_the_originals(policy: s
             assert entries.keys() == {name.rpartition(".")[2]}
 
 
+@POLICIES
+def test_a_copy_that_the_host_has_made_of_what_stands_is_looked_through_as_well(policy: str) -> None:
+    """As where it swaps layers; the next set is made of the originals, too, which are put back."""
+    model, pristine = Mixed(), Mixed()
+    originals = dict(model.named_parameters())
+    with PatchSession(model) as session:
+        for strength in (1.0, -0.5):
+            session.apply([("file", EVERYTHING[0][1], strength)], dense=policy)
+            copied = 0
+            for name, standing in list(model.named_parameters()):
+                if standing is not originals[name]:
+                    path, _, attribute = name.rpartition(".")
+                    copy = nn.Parameter(standing.detach().clone(), requires_grad=False)
+                    setattr(model.get_submodule(path), attribute, copy)
+                    copied += 1
+            assert copied > 0
+            for name, (site, weight) in session.effective().items():
+                exact, size = merge(
+                    pristine.get_parameter(name).double(), [Step(recipe(*_kind_of(name)).change(), strength)]
+                )
+                assert site.parameter is originals[name]
+                assert_exact(materialized(weight), exact, size)
+    assert all(parameter is originals[name] for name, parameter in model.named_parameters())
+    for name, parameter in pristine.named_parameters():
+        assert torch.equal(originals[name], parameter)
+
+
 def _kind_of(name: str) -> tuple[str, tuple[int, ...]]:
     shape = SHAPES[name]
     return ("diff-fp32" if len(shape) == 1 else "lora-rank-1"), shape

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.host import binding
 from lib_precision_lora.host import memory as planning
 from lib_precision_lora.host.generations import make_report
@@ -74,6 +75,22 @@ def test_the_host_is_asked_for_factors_workspace_and_margin_and_nothing_twice(
         assert preserved(card) == workspace + margin
         assert (card.placements, card.evictions) == ([], [])
         assert card.factors() == factors
+
+
+def test_what_is_told_to_stand_on_the_card_is_never_that_of_the_former_files(
+    host: Host, card: Card, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cats, dogs = file_of(host, "cats", 8), file_of(host, "dogs", 4)
+    generate(host, prompt("a cat", Active(cats)))
+    assert binding.active().memory_report.measured_bytes == factor_bytes(8)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(PatchSession, "place", fail)
+    image = generate(host, prompt("a cat", Active(dogs)))
+    assert distance(image, exact_output(checkpoint, "a cat", [Active(dogs)])) < EXACT
+    assert binding.active().memory_report.measured_bytes == 0, "the first forward has placed them, later"
 
 
 def test_a_text_encoder_is_planned_as_a_model_is(host: Host, card: Card, checkpoint: Checkpoint) -> None:

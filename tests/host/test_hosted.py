@@ -11,7 +11,7 @@ from torch import nn
 
 from lib_precision_lora.adapters import Adapter, to_forge_patch
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.hosted import HostedSession, StillMerged
 from lib_precision_lora.host.settings import Arithmetic
 from tests.families import family
 
@@ -70,6 +70,22 @@ def test_what_the_host_cannot_read_is_left_out_before_the_host_sees_it() -> None
     assert [problem.source for problem in problems] == ["loha"]
     assert merged == [{identifier("inpaint"): patches[identifier("inpaint")]}]
     assert session.attached == ()
+
+
+def test_what_the_host_cannot_take_out_is_told_each_time_and_tried_again() -> None:
+    model = small_model()
+    session, broken = HostedSession(model), False
+    patches = {identifier("inpaint"): {"linear.weight": [entry(("fooocus", (torch.ones(1),)))]}}
+
+    def merge(theirs: Any) -> None:
+        if broken:
+            raise RuntimeError("no such luck")
+
+    assert session.follow(model, patches, Arithmetic(), merge) == []
+    for broken in (True, True, False):
+        problems = session.follow(model, {}, Arithmetic(), merge)
+        assert [type(problem) for problem in problems] == [StillMerged] * broken
+    assert session.follow(model, {}, Arithmetic(), merge) == []
 
 
 def test_a_norm_is_read_anew_where_the_host_has_put_another_base_under_the_same_name() -> None:

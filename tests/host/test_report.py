@@ -325,6 +325,24 @@ def test_an_interrupted_generation_is_said_to_be_unfinished(
         assert ("The generation did not finish." in html) is interrupted
 
 
+def test_a_generation_that_was_interrupted_before_its_loras_has_none_of_the_former_ones(
+    host: Host, checkpoint: Checkpoint, tasks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is pressed while the checkpoint is loaded."""
+    make_lora("cats").write(host)
+    generate(host, "<lora:cats:1>")
+    tasks("task")
+    for interrupted in (True, False):
+        monkeypatch.setattr(host.shared.state, "interrupted", interrupted)
+        p = SimpleNamespace()
+        script.request_override(p, ())
+        script.report(p)
+        assert GENERATIONS.last is not None
+        assert GENERATIONS.last.finished is not interrupted
+        assert [file.name for file in GENERATIONS.last.files] == ([] if interrupted else ["cats"])
+        assert ("cats" in GENERATIONS.html("task")) is not interrupted
+
+
 def test_a_nested_generation_does_not_end_the_outer_one(
     host: Host, checkpoint: Checkpoint, tasks: Any
 ) -> None:

@@ -245,6 +245,29 @@ def test_most_of_it_lost_is_a_warning_with_the_way_out_and_nothing_lost_is_none(
     assert ("most of it is lost" in line) == (level == logging.WARNING) == (line in warnings)
 
 
+def test_a_prompts_loras_that_are_not_active_on_what_is_saved_are_spoken_of(
+    host: Host, checkpoint: Checkpoint, path: Path
+) -> None:
+    """The button loads the checkpoint anew where the last generation had another storage type."""
+    generate(host, "a cat")
+    with log_lines() as lines:
+        save(host, checkpoint, path)
+    assert lines == []
+    text = make_lora("text", modules=(TEXT_LAYER,), size=0.3)
+    text.write(host)
+    generate(host, prompt("a cat", Active(text)))
+    with log_lines() as lines:
+        save(host, checkpoint, path)
+        assert lines == []
+        save(host, checkpoint, path, "unet")
+    (line,) = lines
+    assert line.startswith("Saved without LoRAs: none is active on what was saved.")
+    anew = load_checkpoint(host, lambda: Checkpoint(host))
+    with log_lines() as lines:
+        save(host, anew, path)
+    assert lines == [line]
+
+
 def test_a_value_out_of_range_is_said_before_anything_is_written(
     host: Host, checkpoint: Checkpoint, path: Path
 ) -> None:
@@ -276,6 +299,22 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_file(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.read_bytes() == b"what was there"
     assert len(save(host, checkpoint, path)) > 10
+
+
+def test_what_is_pressed_for_a_job_that_runs_meanwhile_keeps_no_file_from_being_saved(
+    host: Host, checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(host, prompt("a cat", *BOTH))
+    expected = save(host, checkpoint, path)
+    for pressed in ("interrupted", "skipped"):
+        with monkeypatch.context() as patch:
+            patch.setattr(host.shared.state, "job_count", 1)
+            patch.setattr(host.shared.state, "textinfo", "of the job")
+            patch.setattr(host.shared.state, pressed, True)
+            tensors = save(host, checkpoint, path)
+            assert host.shared.state.textinfo == "of the job"
+        assert tensors.keys() == expected.keys()
+        assert all(same_bytes(tensors[key], expected[key]) for key in expected)
 
 
 @contextmanager

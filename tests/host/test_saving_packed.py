@@ -49,6 +49,12 @@ def saving(*models: tuple[nn.Module, PatchSession], state: Any = host_state_dict
     return utils.get_state_dict_after_quant
 
 
+def in_a_file(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """As it comes back from safetensors, which refuse tensors that share memory."""
+    safetensors.torch.save_file(state, folder / "file.safetensors")
+    return safetensors.torch.load_file(folder / "file.safetensors")
+
+
 def layer(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     """A host's layer in this stored format, and its values."""
     from tests.branch.hosts import Linear
@@ -117,6 +123,27 @@ def test_in_one_file_the_parts_without_a_lora_are_unpacked_as_well(tmp_path: Pat
     assert len(lines) == 1
 
 
+def test_a_file_is_kept_whose_path_its_saver_does_not_return(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(SHAPE[1], SHAPE[0])}).requires_grad_(False)
+    session = PatchSession(model)
+    session.apply([("file", {"first.weight": LORA.adapter}, 1.0)])
+    state_dict = saving((model, session))
+    hosted = SimpleNamespace(attached=session.attached)
+
+    class Engine:
+        forge_objects = SimpleNamespace(unet=SimpleNamespace(model=model), clip=None)
+
+        def save_unet(self, filename: str) -> None:
+            safetensors.torch.save_file(state_dict(model), filename)
+
+    utils = SimpleNamespace(get_state_dict_after_quant=None)
+    Saving({model: hosted}).replacements(utils, Engine)  # type: ignore[dict-item]
+    path = tmp_path / "file.safetensors"
+    assert Engine().save_unet(str(path)) is None  # type: ignore[func-returns-value]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert not torch.equal(safetensors.torch.load_file(path)["first.weight"], model["first"].weight)
+
+
 @pytest.mark.parametrize("name", ["bnb-nf4", "bnb-nf4-nested", "bnb-fp4"])
 def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_the_file(
     name: str, tmp_path: Path
@@ -132,8 +159,7 @@ def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_t
     session.apply([("file", {"first.weight": LORA.adapter}, 1.0)])
     with log_lines(logging.WARNING) as lines:
         state = saving((model, session))(model)
-    safetensors.torch.save_file(state, tmp_path / "file.safetensors")
-    loaded = safetensors.torch.load_file(tmp_path / "file.safetensors")
+    loaded = in_a_file(state, tmp_path)
     assert loaded.keys() == theirs.keys()
     assert all(torch.equal(loaded[key], theirs[key]) for key in theirs if key.startswith("second"))
     start = "first.weight."
@@ -157,7 +183,9 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("dense", ["branch", "merge"])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_wrapped_embedding_is_merged_under_both_of_its_names(dense: Any, apart: bool) -> None:
+def test_a_wrapped_embedding_is_merged_under_both_of_its_names(
+    dense: Any, apart: bool, tmp_path: Path
+) -> None:
     """apart: after the host has made a new object under one of them."""
     model = nn.ModuleDict({"tokens": Wrapper(nn.Embedding(*SHAPE))}).requires_grad_(False)
     base = model["tokens"].weight.double()
@@ -165,19 +193,19 @@ def test_a_wrapped_embedding_is_merged_under_both_of_its_names(dense: Any, apart
         model["tokens"].wrapped.weight = nn.Parameter(model["tokens"].weight.clone(), requires_grad=False)
     session = PatchSession(model)
     session.apply([("file", {"tokens.weight": LORA.adapter}, 0.5)], dense=dense)
-    state = saving((model, session))(model)
+    state = in_a_file(saving((model, session))(model), tmp_path)
     exact = base + 0.5 * LORA.delta
     assert set(state) == {"tokens.weight", "tokens.wrapped.weight"}
     for value in state.values():
         assert float((value.double() - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_a_layer_that_stands_at_two_places_is_merged_at_both() -> None:
+def test_a_layer_that_stands_at_two_places_is_merged_at_both(tmp_path: Path) -> None:
     twice = nn.Linear(SHAPE[1], SHAPE[0]).requires_grad_(False)
     model = nn.ModuleDict({"one": twice, "two": twice})
     session = PatchSession(model)
     session.apply([("file", {"one.weight": LORA.adapter}, 1.0)])
-    state = saving((model, session))(model)
+    state = in_a_file(saving((model, session))(model), tmp_path)
     assert torch.equal(state["one.weight"], state["two.weight"])
     assert not torch.equal(state["one.weight"], twice.weight)
 
