@@ -246,7 +246,7 @@ class HostedSession:
         self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic, tick: Tick
     ) -> list[PatchError]:
         """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
-        one of its parts, the last of them goes first; where the failure is none that is foreseen, all go."""
+        one of its parts, the last of them goes first."""
         problems: list[PatchError] = []
         dense, released = _policy(model, arithmetic), False
         while True:
@@ -268,16 +268,33 @@ class HostedSession:
                 patches = [patch for patch in patches if source is not None and patch.source != source]
             except Interrupted:
                 raise
+            except Exception:
+                logger.exception("attaching LoRAs failed; they are tried one after the other")
+                problem = self._first_that_fails(patches, arithmetic, dense, tick)
+                if problem is None:
+                    return problems
+                problems.append(problem)
+                patches = [patch for patch in patches if patch.source != problem.source]
+
+    def _first_that_fails(
+        self, patches: Sequence[Patch], arithmetic: Arithmetic, dense: DensePolicy, tick: Tick
+    ) -> PatchError | None:
+        """Whose a failure is that does not say so: the first source that cannot be attached after those
+        before it. None where all can, which then are."""
+        self._session.clear()
+        sources = list(dict.fromkeys(patch.source for patch in patches))
+        for count, source in enumerate(sources, 1):
+            some = [patch for patch in patches if patch.source in sources[:count]]
+            try:
+                self._session.apply_patches(some, arithmetic.compute, dense, tick)
+            except Interrupted:
+                raise
             except Exception as error:
-                logger.exception("attaching LoRAs failed")
+                logger.exception("attaching %s failed", source)
                 self._session.clear()
-                problems.append(
-                    PatchError(
-                        f"attaching failed ({type(error).__name__}: {error}), so that none is active on "
-                        f"{type(model).__name__}; please report it with the console's log"
-                    )
-                )
-                return problems
+                reason = f"attaching failed ({type(error).__name__}: {error})"
+                return PatchError(f"{source}: {reason}; please report it with the console's log", source)
+        return None
 
 
 def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,13 @@ class Page:
         section = self._page.locator("#settings_precision_lora")
         section.wait_for()
         return section
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until the page has done what was asked of it."""
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while not condition():
+            assert time.monotonic() < deadline, "the page did not come to this state"
+            self._page.wait_for_timeout(50)
 
     def apply_settings(self) -> None:
         self._page.locator("#settings_submit").click()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tests.forge.page import PATIENCE_MS, Page
+from tests.forge.page import Page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Route
@@ -106,13 +104,6 @@ class PanelPage(Page):
             parts,
         )
         return found
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until the page has done what was asked of it."""
-        deadline = time.monotonic() + PATIENCE_MS / 1000
-        while not condition():
-            assert time.monotonic() < deadline, "the page did not come to this state"
-            self._page.wait_for_timeout(50)
 
     def reopen(self, theme: str, width: int) -> None:
         """As somebody sees it who comes with this theme, on a screen of this width."""

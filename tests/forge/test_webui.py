@@ -254,7 +254,7 @@ def test_the_settings_have_a_section_that_applies(page: Page, webui: WebUI) -> N
             dependent
         )
         page.apply_settings()
-        assert webui.settings()["precision_lora_enabled"] is value
+        page.wait_until(lambda value=value: webui.settings()["precision_lora_enabled"] is value)
 
 
 def test_the_page_shows_what_was_left_out(page: Page, webui: WebUI) -> None:

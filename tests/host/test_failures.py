@@ -157,6 +157,29 @@ def test_a_shape_that_only_the_hosts_merge_refuses_leaves_its_file_out_whole(
     assert bytes_of_bases(checkpoint) == base
 
 
+@pytest.mark.parametrize(
+    "text", ["<lora:cats:te=0:unet=1><lora:dogs:0.5>", "<lora:dogs:0.5><lora:cats:te=0:unet=1>"]
+)
+def test_a_failure_that_nobody_has_foreseen_leaves_its_source_out_alone(
+    host: Host, checkpoint: Checkpoint, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, dogs = cats_and_dogs(host)
+    original: Callable[..., Any] = session.effective_weights
+
+    def failing(model: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
+        if any("cats" in patch.source and not patch.changes_nothing for patch in patches):
+            raise ZeroDivisionError("no such luck")
+        return original(model, patches, *args, **kwargs)
+
+    monkeypatch.setattr(session, "effective_weights", failing)
+    for _ in range(2):
+        image = generate(host, "a cat" + text)
+        (comment,) = image.comments
+        assert "cats: attaching failed (ZeroDivisionError: no such luck)" in comment
+        assert image.parameters["Precision LoRA skipped"] == "cats"
+        assert distance(image, exact_output(checkpoint, "a cat", [Active(dogs, 0.5)])) < EXACT
+
+
 def test_a_patch_that_does_not_fit_leaves_its_source_out_alone(
     host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
