@@ -70,16 +70,15 @@ class ForgeBinding:
         )
         self.record = Record()
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
-        self.memory = MemoryPlanner(
-            memory_management,
-            self._sessions,
-            self._session,
-            self.settings,
-            self._left_out,
+        budgeting = Budgeting(memory_management, self._sessions, self._session, self.settings)
+        self._planning = Planning(
+            budgeting,
             lambda: [
                 each for each in patchers_of(sd_models.model_data.get_sd_model()) if self._follows(each)
             ],
-            self.progress.stage,
+        )
+        self.memory = MemoryPlanner(
+            memory_management, budgeting, self._planning, self._session, self._left_out, self.progress.stage
         )
         files = LoraFiles(
             lambda path: utils.load_torch_file(path, safe_load=True),
@@ -331,7 +330,7 @@ class ForgeBinding:
             self._stop_if_set()
             settings = self.settings()
             versions = self.loader.versions if settings.enabled and settings.text_encoders else ()
-            refused = tuple(self.memory.planning.refused()) if versions else ()
+            refused = tuple(self._planning.refused()) if versions else ()
             ours = (settings.arithmetic, versions, self._incomplete, refused) if versions else ()
             overridden = self.overrides.conditioning_key(settings.enabled)
             return (*host_params(processing, *args, **kwargs), ours, overridden)

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from lib_precision_lora.host.budgeting import Budgeting, activation_type
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.planning import UNPLANNED, ModelPlan, Planning
-from lib_precision_lora.host.progress import Interrupted, Stage, unshown
-from lib_precision_lora.host.settings import Settings
+from lib_precision_lora.host.progress import Interrupted, Stage
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.budget import megabytes
 from lib_precision_lora.memory.meter import peak_allocated
@@ -61,26 +60,23 @@ class MemoryReport:
 class MemoryPlanner:
     """Plans the memory of every model with LoRAs, at each call of the host's `load_models_gpu`.
 
-    memory_management: the host's module; sessions: those that there are, by model; session: the one of a
-    model, made where missing; settings: as they are now; tell: given a source that is left out, and why;
-    checkpoint: the patchers of the one that is loaded; stage: where placing is shown.
+    memory_management: the host's module; session: the one of a model, made where missing; tell: given a
+    source that is left out, and why; stage: where placing is shown.
     """
 
     def __init__(
         self,
         memory_management: Any,
-        sessions: Mapping[nn.Module, HostedSession],
+        budgeting: Budgeting,
+        planning: Planning,
         session: Callable[[nn.Module], HostedSession],
-        settings: Callable[[], Settings],
         tell: Callable[[str, str], None],
-        checkpoint: Callable[[], Sequence[Any]] = tuple,
-        stage: Stage = unshown,
+        stage: Stage,
     ) -> None:
         self._host = memory_management
+        self._budgeting, self._planning = budgeting, planning
         self._session = session
         self._tell = tell
-        self._budgeting = Budgeting(memory_management, sessions, session, settings)
-        self.planning = Planning(self._budgeting, checkpoint)
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._stage = stage
@@ -114,7 +110,7 @@ class MemoryPlanner:
         reserve = 0
         try:
             for patcher in patchers:
-                decided, refused = self.planning.plan(patcher, models, required, kept, self._positions)
+                decided, refused = self._planning.plan(patcher, models, required, kept, self._positions)
                 self._plans[patcher.model] = decided
                 for source, plan in refused.items():
                     self._refuse(source, plan)

@@ -35,10 +35,9 @@ logger = logging.getLogger("lib_precision_lora")
 StateDict = dict[str, Tensor]
 UNET_ALONE = "save_unet"
 SAVES = (UNET_ALONE, "save_checkpoint")
-WITHOUT = "Saved without LoRAs"
-REASON_WITHOUT = (
-    "none is active on what was saved. A checkpoint that was loaded anew for this has none: generate once "
-    "with the LoRAs and without an override, and save again"
+WITHOUT = (
+    "Saved without LoRAs: none is active on what was saved. A checkpoint that was loaded anew for this has "
+    "none: generate once with the LoRAs and without an override, and save again"
 )
 
 
@@ -103,7 +102,7 @@ class Saving:
             if not self._anything_attached(engine, name):
                 path = host_save(engine, filename)
                 if self._prompted():
-                    _say(f"{WITHOUT}: {REASON_WITHOUT}")
+                    _say(WITHOUT)
                 return path
             partial, saved = f"{filename}.part", Saved()
             self._writing.saved = saved

@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator
+    from playwright.sync_api import Page as Opened
 
 HOW_TO_RUN = (
     "needs Chromium on the PATH (Debian: apt-get install chromium), and playwright in the Python that runs "
@@ -41,6 +42,18 @@ def chromium(profile: Path) -> Iterator[BrowserContext]:
         browser.set_default_timeout(PATIENCE_MS)
         yield browser
         browser.close()
+
+
+def overflowing(page: Opened, parts: str) -> list[str]:
+    """What is wider than its place, or reaches out of the window. parts: a selector."""
+    found: list[str] = page.evaluate(
+        "parts => [...document.querySelectorAll(parts)].filter(part =>"
+        " part.getBoundingClientRect().right > innerWidth"
+        " || (part.clientWidth && part.scrollWidth > part.clientWidth + 1)).map(part =>"
+        " `${part.outerHTML.slice(0, 80)} ${part.scrollWidth} in ${part.clientWidth}`)",
+        parts,
+    )
+    return found
 
 
 class Page:

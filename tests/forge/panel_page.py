@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.forge.page import Page
+from tests.forge.page import Page, overflowing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Route
@@ -96,14 +96,7 @@ class PanelPage(Page):
 
     def overflowing_parts(self, parts: str) -> list[str]:
         """parts: a selector."""
-        found: list[str] = self._page.evaluate(
-            "parts => [...document.querySelectorAll(parts)].filter(part =>"
-            " part.getBoundingClientRect().right > innerWidth"
-            " || (part.clientWidth && part.scrollWidth > part.clientWidth + 1)).map(part =>"
-            " `${part.outerHTML.slice(0, 80)} ${part.scrollWidth} in ${part.clientWidth}`)",
-            parts,
-        )
-        return found
+        return overflowing(self._page, parts)
 
     def reopen(self, theme: str, width: int) -> None:
         """As somebody sees it who comes with this theme, on a screen of this width."""

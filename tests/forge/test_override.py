@@ -19,7 +19,7 @@ import pytest
 from lib_precision_lora.host.infotext import LOW_BITS, MODE
 from lib_precision_lora.host.xyz import LOW_BITS_AXIS, MODE_AXIS
 from tests.forge.plot import plot
-from tests.forge.webui import SMALL_IMAGE, Generation, ServerError, WebUI
+from tests.forge.webui import HIRES, SMALL_IMAGE, Generation, ServerError, WebUI
 
 COARSE, E5M2, E4M3 = "float8-e5m2", "float8_e5m2", "float8_e4m3fn"
 OVERRIDE = {"override_settings": {"forge_unet_storage_dtype": COARSE}}
@@ -30,16 +30,6 @@ ROUNDING, VISIBLE = 2, 20
 
 STORAGES, MODES = (COARSE, f"{COARSE} (fp16 LoRA)", "Automatic", "float8-e4m3fn"), ("Automatic", "fp16")
 """Of a plot; the second is stored as the first, so that three types are four names."""
-
-HIRES = {
-    "enable_hr": True,
-    "hr_scale": 1.5,
-    "hr_upscaler": "Latent",
-    "hr_second_pass_steps": 2,
-    "hr_cfg": 1,
-    "denoising_strength": 0.8,
-    "hr_additional_modules": ["Use same choices"],
-}
 
 
 @pytest.fixture(scope="module")

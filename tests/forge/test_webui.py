@@ -16,7 +16,7 @@ import pytest
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
 from tests.forge.damaged import DAMAGES, truncate
 from tests.forge.page import Page
-from tests.forge.webui import Generation, ServerError, WebUI
+from tests.forge.webui import HIRES, Generation, ServerError, WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
@@ -152,15 +152,7 @@ def test_the_same_lora_twice_adds_up(webui: WebUI, strong: Generation) -> None:
 
 
 def test_the_hires_prompt_may_have_another_lora(webui: WebUI, stock: WebUI) -> None:
-    hires = {
-        "enable_hr": True,
-        "hr_scale": 1.5,
-        "hr_upscaler": "Latent",
-        "hr_second_pass_steps": 2,
-        "hr_cfg": 1,
-        "denoising_strength": 0.8,
-        "hr_additional_modules": ["Use same choices"],
-    }
+    hires = dict(HIRES)
     same = webui.generate("a cat <lora:strong:1>", **hires)
     hires["hr_prompt"] = "a cat <lora:other:1>"
     other = webui.generate("a cat <lora:strong:1>", **hires)

@@ -70,6 +70,18 @@ class ServerError(RuntimeError):
     """The server answered with an error: its status and message."""
 
 
+HIRES = {
+    "enable_hr": True,
+    "hr_scale": 1.5,
+    "hr_upscaler": "Latent",
+    "hr_second_pass_steps": 2,
+    "hr_cfg": 1,
+    "denoising_strength": 0.8,
+    "hr_additional_modules": ["Use same choices"],
+}
+"""Options of the API for a second, larger pass."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """One finished image. png: the file as sent; pixels: [height, width, 3], uint8."""

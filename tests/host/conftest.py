@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host import install, memory, uninstall
 from lib_precision_lora.host.override import Override
 from lib_precision_lora.host.settings import register_settings
 from tests.forge.real_forge import HOW_TO_RUN
+from tests.host.card import Card, card_with_us
+from tests.host.card_plans import INFERENCE, PLENTY
+from tests.host.checkpoints import Checkpoint
+from tests.host.generation import load_checkpoint
 from tests.host.jobs import FIRST, Jobs, start_jobs
 from tests.host.webui import KINDS, Host, running_host
 
@@ -50,6 +54,20 @@ def host(bare_host: Host) -> Host:
     register_settings()
     assert install()
     return bare_host
+
+
+@pytest.fixture
+def checkpoint(host: Host) -> Checkpoint:
+    """The one that is loaded."""
+    return load_checkpoint(host, lambda: Checkpoint(host))
+
+
+@pytest.fixture
+def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """A card with room for everything, and us in the host; tests make it smaller."""
+    monkeypatch.setattr(memory, "WORTH_A_MOVE", 1024)
+    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
+        yield card
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ from tests.host.webui import Host
 EXACT = 1e-5
 
 
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_file_is_told_about_and_the_others_applied(
     host: Host, checkpoint: Checkpoint, damage: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +14,11 @@ from lib_precision_lora.host import memory as planning
 from lib_precision_lora.host.generations import make_report
 from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.ui.settings import MARGIN, PLACEMENT, STREAMED
-from tests.host.card import Card, card_with_us, size_of
+from tests.host.card import Card, size_of
 from tests.host.card_plans import (
     EXACT,
     INFERENCE,
     LINEAR,
-    PLENTY,
     factor_bytes,
     file_of,
     layer_bytes,
@@ -32,28 +30,15 @@ from tests.host.card_plans import (
     workspace_bytes,
 )
 from tests.host.checkpoints import PICTURE, TEXT_LAYER, TOKENS, Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import Active, exact_output, prompt, values
 from tests.host.observers import log_lines
 from tests.host.webui import Host
 
 
 @pytest.fixture
-def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """A card with room for everything, and us in the host; tests make it smaller."""
-    monkeypatch.setattr(planning, "WORTH_A_MOVE", 1024)
-    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
-        yield card
-
-
-@pytest.fixture
 def host(bare_host: Host, card: Card) -> Host:
     return bare_host
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 @pytest.mark.parametrize("rank", [4, 64])

@@ -12,7 +12,7 @@ from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.host import binding
 from tests.host.card import Card, card_with_us
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import generate, load_checkpoint
+from tests.host.generation import generate
 from tests.host.loras import Active, make_lora, prompt, values
 from tests.host.observers import bases_of, hooks_of, log_lines
 from tests.host.webui import Host
@@ -30,11 +30,6 @@ def card(bare_host: Host) -> Iterator[Card]:
 @pytest.fixture
 def host(bare_host: Host, card: Card) -> Host:
     return bare_host
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def without_memory(patch: pytest.MonkeyPatch, name: str, memory: NoMemory) -> None:

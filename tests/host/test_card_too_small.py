@@ -4,17 +4,15 @@ than the card."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib_precision_lora.host import memory as planning
 from lib_precision_lora.host.generations import Generations
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.ui.settings import ON_FAILURE, STOP
-from tests.host.card import Card, card_with_us, size_of
+from tests.host.card import Card, size_of
 from tests.host.card_plans import (
     EXACT,
     INFERENCE,
@@ -30,28 +28,15 @@ from tests.host.card_plans import (
     workspace_bytes,
 )
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import LAYERS, Active, exact_output, prompt
 from tests.host.observers import bases_of, hooks_of, log_lines
 from tests.host.webui import Host
 
 
 @pytest.fixture
-def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """A card with room for everything, and us in the host; tests make it smaller."""
-    monkeypatch.setattr(planning, "WORTH_A_MOVE", 1024)
-    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
-        yield card
-
-
-@pytest.fixture
 def host(bare_host: Host, card: Card) -> Host:
     return bare_host
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def test_a_card_that_is_too_small_is_said_before_anything_moves(

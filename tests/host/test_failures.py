@@ -14,17 +14,12 @@ from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.ui.settings import ON_FAILURE, STOP
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import cats_and_dogs
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import Active, exact_output, make_lora
 from tests.host.observers import bases_of, branches, bytes_of_bases, hooks_of, log_lines
 from tests.host.webui import Host
 
 EXACT = 1e-5
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def failing_at(count: int, patch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,6 @@ Files = tuple[LoraFile, LoraFile]
 
 
 @pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
-
-
-@pytest.fixture
 def files(host: Host) -> Files:
     """cats and dogs."""
     return cats_and_dogs(host)

@@ -22,11 +22,6 @@ from tests.host.webui import Host
 EXACT = 1e-5
 
 
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
-
-
 def test_another_checkpoint_gets_the_same_prompts_loras(host: Host, checkpoint: Checkpoint) -> None:
     cats, dogs = cats_and_dogs(host)
     active = [Active(cats, 0.5), Active(dogs, -0.25)]

@@ -14,7 +14,7 @@ from lib_precision_lora.branch import PatchError, session
 from lib_precision_lora.host import uninstall
 from lib_precision_lora.ui.settings import ENABLED
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import (
     Active,
     LoraFile,
@@ -30,11 +30,6 @@ from tests.host.webui import Host
 EXACT = 1e-5
 ATTN = "diffusion_model.blocks.0.attn.weight"
 MLP = "diffusion_model.blocks.1.mlp.weight"
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from lib_precision_lora.host import binding
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.prospect import NoCheckpointError
 from lib_precision_lora.ui.settings import TEXT_ENCODERS
-from tests.host.card import Card, card_with_us, size_of
+from tests.host.card import Card, size_of
 from tests.host.card_plans import (
     INFERENCE,
     PLENTY,
@@ -35,19 +34,8 @@ TEXT_WORKSPACE = 512 * 4 * (4 + 3 * 8)
 
 
 @pytest.fixture
-def card(bare_host: Host) -> Iterator[Card]:
-    with card_with_us(bare_host, PLENTY, INFERENCE) as card:
-        yield card
-
-
-@pytest.fixture
 def host(bare_host: Host, card: Card) -> Host:
     return bare_host
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def plan_for(*loras: tuple[str, float]) -> Any:

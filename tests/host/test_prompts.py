@@ -10,17 +10,12 @@ import torch
 from lib_precision_lora.host import binding
 from lib_precision_lora.ui.settings import CACHE
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
-from tests.host.generation import Image, distance, generate, load_checkpoint
+from tests.host.generation import Image, distance, generate
 from tests.host.loras import Active, LoraFile, exact_output, make_lora, prompt
 from tests.host.observers import bases_of, branches, count_loads, log_lines, stacks
 from tests.host.webui import Host
 
 EXACT = 1e-5
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 @pytest.fixture

@@ -26,18 +26,13 @@ from lib_precision_lora.ui.settings import (
 )
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import DAMAGE, cats_and_dogs
-from tests.host.generation import generate, load_checkpoint
+from tests.host.generation import generate
 from tests.host.loras import make_lora, values
 from tests.host.observers import branches, log_lines
 from tests.host.webui import Host
 
 LAYERS = 4
 """Of the diffusion model that the files of these tests change; one more is the text encoder's."""
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 @pytest.fixture

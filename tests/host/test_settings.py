@@ -34,17 +34,12 @@ from lib_precision_lora.ui.settings import (
     TEXT_ENCODERS,
 )
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import LAYERS, Active, exact_output, make_lora, prompt, values, with_loha
 from tests.host.observers import bases_of, branches, hooks_of
 from tests.host.webui import Host
 
 EXACT = 1e-5
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def test_a_lora_is_computed_exactly_beside_an_untouched_base(host: Host, checkpoint: Checkpoint) -> None:

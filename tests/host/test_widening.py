@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
+from tests.host.generation import distance, generate
 from tests.host.loras import Active, exact_output, exact_weights, make_lora, prompt, values
 from tests.host.observers import bases_of, branches, hooks_of
 from tests.host.webui import Host
@@ -46,11 +46,6 @@ def conv_diff(channels: int) -> tuple[dict[str, Tensor], str, Tensor]:
 
 
 WIDE = pytest.mark.parametrize(("make", "channels"), [(linear_lora, 9), (conv_lora, 6), (conv_diff, 6)])
-
-
-@pytest.fixture
-def checkpoint(host: Host) -> Checkpoint:
-    return load_checkpoint(host, lambda: Checkpoint(host))
 
 
 def give_control_image(checkpoint: Checkpoint, name: str | None) -> None:

@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 from urllib.request import ProxyHandler, Request, build_opener
 
+from tests.forge.page import overflowing
+
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator
 
@@ -144,15 +146,7 @@ class Page:
         return {text for text in found if text}
 
     def overflowing(self, parts: str) -> list[str]:
-        """What is wider than its place, or reaches out of the window. parts: a selector."""
-        found: list[str] = self.page.evaluate(
-            "parts => [...document.querySelectorAll(parts)].filter(part =>"
-            " part.getBoundingClientRect().right > innerWidth"
-            " || (part.clientWidth && part.scrollWidth > part.clientWidth + 1)).map(part =>"
-            " `${part.outerHTML.slice(0, 80)} ${part.scrollWidth} in ${part.clientWidth}`)",
-            parts,
-        )
-        return found
+        return overflowing(self.page, parts)
 
 
 def row(name: str, value: str) -> str:
