@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +147,61 @@ def test_without_the_demos_packages_inspect_works_and_demo_says_what_is_missing(
     assert done.returncode == 2, done.stderr
     assert f"needs the Python package {package}" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+NOISY = """
+import logging, sys, warnings
+print("noise on the standard output")
+sys.stderr.write("noise on the standard error")
+warnings.warn("noise as a warning")
+logging.getLogger("bitsandbytes.cextension").warning("noise in the log")
+if "torch" in sys.modules:
+    __path__.append({real!r})
+    exec(compile(open({real!r} + "/__init__.py").read(), "bitsandbytes", "exec"))
+"""
+"""bitsandbytes behind a package that makes every noise; alone without torch."""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_demo_shows_nothing_of_what_bitsandbytes_says(tmp_path: Path, arguments: list[str]) -> None:
+    found = importlib.util.find_spec("bitsandbytes")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    (tmp_path / "bitsandbytes").mkdir()
+    real = NOISY.format(real=found.submodule_search_locations[0])
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text(real)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    bare = subprocess.run(
+        [sys.executable, "-c", "import bitsandbytes"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    noises = ("standard output" in bare.stdout, *(f"noise {n}" in bare.stderr for n in ("on", "as", "in")))
+    assert noises == (True,) * 4
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_precision_lora", "demo", "--size", "256", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "noise" not in done.stdout
+    if arguments:
+        assert len(json.loads(done.stdout)["rows"]) == 6
+
+
+def test_an_error_of_bitsandbytes_is_not_silenced(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise ImportError('no CUDA here', name='lib')")
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_precision_lora", "demo"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])},
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no CUDA here" in done.stderr
 
 
 def test_the_module_runs_and_passes_the_exit_code_on(tmp_path: Path) -> None:

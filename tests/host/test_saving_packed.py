@@ -150,7 +150,7 @@ def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_t
 ) -> None:
     import bitsandbytes.functional as bnb
 
-    from tests.storage.formats import four_bit_values
+    from tests.storage.four_bit import decoded_by_bitsandbytes
 
     (first, base), (second, _) = layer(name, 1), layer(name, 2)
     model = nn.ModuleDict({"first": first, "second": second})
@@ -164,7 +164,7 @@ def test_a_4_bit_layer_keeps_its_entries_and_bitsandbytes_reads_the_merge_from_t
     assert all(torch.equal(loaded[key], theirs[key]) for key in theirs if key.startswith("second"))
     start = "first.weight."
     entries = {key.removeprefix(start): value for key, value in loaded.items() if key.startswith(start)}
-    values = four_bit_values(
+    values = decoded_by_bitsandbytes(
         loaded["first.weight"], bnb.QuantState.from_dict(entries, device=torch.device("cpu"))
     )
     exact = base.double() + LORA.delta

@@ -37,6 +37,7 @@ from lib_precision_lora.report.demo.stock_merge import (
 )
 from lib_precision_lora.report.demo.table import demo_text
 from lib_precision_lora.report.demo.weights import DELTA_RATIO, base_weights, lora_weights
+from tests.storage.four_bit import decoded_by_bitsandbytes
 
 STORED = ("NF4", "FP8", "Q8_0", "Q4_0", "Q4_K", "bf16")
 SMALL = DemoShape(hidden=256, blocks=1, tokens=32)
@@ -150,7 +151,7 @@ def test_a_checkpoint_reads_back_as_its_own_library_decodes_it(
 
 
 def library_decode(path: Path, name: str, stored: str) -> Tensor:
-    """fp32 by gguf, bitsandbytes or torch, straight from the file."""
+    """fp32 by gguf, bitsandbytes (whose rows are whole blocks here) or torch, straight from the file."""
     if path.suffix == ".gguf":
         tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
         return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
@@ -163,7 +164,7 @@ def library_decode(path: Path, name: str, stored: str) -> Tensor:
     state = bnb.QuantState(
         parts["absmax"], shape, parts["quant_map"], 64, quant_type="nf4", dtype=torch.float32
     )
-    return bnb.dequantize_4bit(values, state)
+    return decoded_by_bitsandbytes(values, state)
 
 
 def subject(weights: dict[str, Tensor], folder: Path) -> Subject:

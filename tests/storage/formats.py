@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lib_precision_lora.storage import GGUFParameter
 from tests.storage.baked_layout import bake
+from tests.storage.four_bit import four_bit_values
 from tests.storage.k_quants import K_QUANTS, random_blocks
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -33,7 +34,7 @@ BAKED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
 
 @dataclass(frozen=True)
 class StoredCase:
-    """expected: W0 in fp32 by the format's own library, never by the code under test."""
+    """expected: W0 in fp32 by the format's own library or its definition, never by the code under test."""
 
     parameter: Tensor
     module: StoredLinear
@@ -41,7 +42,7 @@ class StoredCase:
 
 
 class StoredLinear(nn.Module):
-    """y = x W0ᵀ + bias over a parameter in any stored format, W0 as the format's own library decodes it."""
+    """y = x W0ᵀ + bias over a parameter in any stored format, W0 as `StoredCase.expected` has it."""
 
     def __init__(self, parameter: Tensor, expected: Tensor, scale_weight: Tensor | None = None) -> None:
         super().__init__()
@@ -116,15 +117,6 @@ def four_bit(quant_type: str, nested: bool, storage: torch.dtype, matrix: Tensor
         bnb_quantized=True,
     )
     return case(parameter, four_bit_values(packed, state))
-
-
-def four_bit_values(packed: Tensor, state: bnb.QuantState) -> Tensor:
-    """bitsandbytes' own decode, run eagerly: it would compile a kernel for every odd width.
-
-    It takes a single packed byte for a transposed weight, hence the reshape of those one or two values.
-    """
-    with torch.compiler.set_stance("force_eager"):
-        return bnb.dequantize_4bit(packed, state).reshape(state.shape)
 
 
 def not_yet_four_bit(quant_type: str, matrix: Tensor) -> StoredCase:

@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit weights, against bitsandbytes on the CPU."""
+"""bitsandbytes 4-bit weights, against their definition, which is held to bitsandbytes where that is right."""
 
 from __future__ import annotations
 
@@ -16,20 +16,70 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lib_precision_lora.storage import StorageError, stored_weight
-from tests.storage.formats import four_bit_values
+from tests.storage.formats import VARIANTS, stored_variant
+from tests.storage.four_bit import (
+    FP4_CODE,
+    decoded_by_bitsandbytes,
+    four_bit_values,
+    install_wrong_bitsandbytes,
+    nf4_code,
+)
+
+FOUR_BIT = [name for name in VARIANTS if name.startswith("bnb") and "unquantized" not in name]
 
 
 def quantized(values: Tensor, **options: object) -> tuple[nn.Parameter, Tensor]:
-    """A parameter that carries only `bnb_quantized` and `quant_state`, and bitsandbytes' decode of it."""
+    """A parameter that carries only `bnb_quantized` and `quant_state`, and what it stands for."""
     packed, state = bnb.quantize_4bit(values, **options)
     parameter = nn.Parameter(packed, requires_grad=False)
     parameter.bnb_quantized, parameter.quant_state = True, state
     return parameter, four_bit_values(packed, state)
 
 
+@pytest.mark.parametrize(("quant_type", "code"), [("nf4", nf4_code()), ("fp4", FP4_CODE)])
+def test_the_codes_are_those_of_the_definition(quant_type: str, code: list[float]) -> None:
+    assert bnb.get_4bit_type(quant_type, device="cpu").tolist() == pytest.approx(code, abs=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", [64, 128, 256])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_definition_is_what_bitsandbytes_reads_where_rows_are_whole_blocks(
+    quant_type: str, blocksize: int, nested: bool
+) -> None:
+    values = torch.randn(24, 768, generator=torch.Generator().manual_seed(7)) * 0.05
+    packed, state = bnb.quantize_4bit(
+        values, quant_type=quant_type, blocksize=blocksize, compress_statistics=nested
+    )
+    decoded = four_bit_values(packed, state)
+    assert torch.equal(decoded, decoded_by_bitsandbytes(packed, state))
+    assert float((decoded - values).norm() / values.norm()) < 0.2
+
+
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_no_expected_value_is_asked_of_a_bitsandbytes_that_decodes_wrongly(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = torch.randn(12, 80, generator=torch.Generator().manual_seed(8))
+    expected = stored_variant(name, matrix).expected
+    install_wrong_bitsandbytes(monkeypatch.setattr)
+    case = stored_variant(name, matrix)
+    wrong = bnb.dequantize_4bit(case.parameter.data, case.parameter.quant_state)
+    assert float((wrong - expected).norm()) > 0.05 * float(expected.norm()), "the mock is wrong indeed"
+    assert torch.equal(case.expected, expected)
+    assert torch.equal(stored_weight(case.parameter, case.module).dense(), expected)
+
+
+def test_the_wrong_decode_is_right_where_rows_are_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, state = bnb.quantize_4bit(torch.randn(12, 128), quant_type="nf4", blocksize=64)
+    install_wrong_bitsandbytes(monkeypatch.setattr)
+    assert torch.equal(decoded_by_bitsandbytes(packed, state), four_bit_values(packed, state))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.one_of(
+        st.tuples(st.integers(1, 20), st.sampled_from([80, 96, 144, 192, 320])),
         st.tuples(st.integers(1, 40), st.integers(1, 150)),
         st.tuples(st.integers(1, 12), st.integers(1, 6), st.just(3), st.just(3)),
     ),
@@ -38,7 +88,7 @@ def quantized(values: Tensor, **options: object) -> tuple[nn.Parameter, Tensor]:
     nested=st.booleans(),
     data=st.data(),
 )
-def test_any_shape_block_size_and_statistics_equal_bitsandbytes_bit_for_bit(
+def test_any_shape_block_size_and_statistics_equal_the_definition_bit_for_bit(
     shape: tuple[int, ...], quant_type: str, blocksize: int, nested: bool, data: st.DataObject
 ) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(prod(shape))) * 0.05

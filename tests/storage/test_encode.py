@@ -18,9 +18,9 @@ from tests.storage.formats import (
     VARIANTS,
     StoredCase,
     StoredLinear,
-    four_bit_values,
     stored_variant,
 )
+from tests.storage.four_bit import decoded_by_bitsandbytes, four_bit_values
 
 FORMATS = pytest.mark.parametrize("name", VARIANTS)
 FOUR_BIT = [name for name in VARIANTS if name.startswith("bnb") and "unquantized" not in name]
@@ -167,7 +167,7 @@ def test_bitsandbytes_reads_the_entries_as_we_do(name: str) -> None:
     entries = {key.removeprefix("weight."): value for key, value in result.entries.items() if key != "weight"}
     state = bnb.QuantState.from_dict(entries, device=torch.device("cpu"))
     assert tuple(state.shape) == SHAPE
-    assert torch.equal(four_bit_values(result.entries["weight"], state), result.weight.dense())
+    assert torch.equal(decoded_by_bitsandbytes(result.entries["weight"], state), result.weight.dense())
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from bitsandbytes.nn.modules import Params4bit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib_precision_lora.report.demo.quiet_bitsandbytes import Params4bit
+from lib_precision_lora.report.demo.quiet_bitsandbytes import functional as bnb
 from lib_precision_lora.report.q4_k import quantize_q4_k
 from lib_precision_lora.storage import GGUFParameter
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.adapters import LoRA
+from lib_precision_lora.report.demo.quiet_bitsandbytes import functional as bnb
 from lib_precision_lora.storage import stored_weight
 
 COMPUTE_TYPE = torch.bfloat16
