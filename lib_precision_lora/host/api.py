@@ -41,7 +41,8 @@ MOST_LORAS = 64
 LARGEST_SIDE = 16384
 
 _one_inspection = threading.Lock()
-"""A file is read whole: one at a time, however many ask."""
+"""A file is read whole: one at a time. Who asks meanwhile is told so: waiting would take the threads that the
+WebUI answers its own requests with."""
 
 _argument_check: Replacement | None = None
 
@@ -60,7 +61,7 @@ def add_api(_: Any, app: FastAPI) -> None:
     ]
     problem: dict[int | str, Any] = {"model": models.Problem}
     refusals: dict[str, dict[int | str, Any]] = {
-        "inspect": {404: problem},
+        "inspect": {404: problem, 409: problem},
         "plan": {404: problem, 409: problem},
     }
     for name, endpoint, answer, summary in routes:
@@ -145,15 +146,19 @@ def compute_name(mode: str) -> str:
 def get_inspection(
     lora: Annotated[str, Query(min_length=1, max_length=LONGEST_NAME, description="as the WebUI lists it")],
 ) -> models.Inspection:
+    """One file at a time: while another one is being read, the answer is 409."""
     path = find_lora(lora)
+    if not _one_inspection.acquire(blocking=False):
+        raise HTTPException(409, "Another LoRA is being inspected: ask again when that is done")
     try:
-        with _one_inspection:
-            found = inspect_file(path)
+        found = inspect_file(path)
     except UnreadableFileError as error:
         raise HTTPException(422, str(error).replace(str(path), path.name)) from None
     except Exception:  # a damaged file can fail in any way; the log has it, the client need not
         logger.exception("inspecting LoRA %s failed", lora)
         raise HTTPException(500, f"Inspecting LoRA {lora} failed; the WebUI's log says why") from None
+    finally:
+        _one_inspection.release()
     return models.Inspection(**{**found.as_object(), "name": lora})
 
 

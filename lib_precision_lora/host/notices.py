@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from lib_precision_lora.host.name_list import joined, separated
+
 logger = logging.getLogger("lib_precision_lora")
 
 INFOTEXT_SKIPPED = "Precision LoRA skipped"
@@ -81,11 +83,11 @@ class Notices:
         of a generation; what was left out of one that the user skipped is in the next one.
         """
         self._forget_former_generations()
-        present = [part for part in str(parameters.pop(INFOTEXT_SKIPPED, "")).split(", ") if part]
+        present = separated(str(parameters.pop(INFOTEXT_SKIPPED, "")))
         lasting = [part for part in present if part not in self._not_waited_for]
         skipped = dict.fromkeys([*lasting, *self._problems.values()])
         if skipped:
-            parameters[INFOTEXT_SKIPPED] = ", ".join(skipped)
+            parameters[INFOTEXT_SKIPPED] = joined(skipped)
         for message in self._problems:
             comments(message)
         self._shown.update(self._problems)

@@ -94,13 +94,17 @@ def plan_budget(
 def _to_do_better(streamed: int, offloaded: int, base: int) -> tuple[str, ...]:
     advice = []
     if streamed:
-        advice += [
+        advice.append(
             f"use LoRAs that are {megabytes(streamed)} MB smaller in all (fewer, or of lower rank) to keep "
-            "them on the card",
-            f"or set GPU Weights to {megabytes_down(base - offloaded - streamed)} MB or less, which "
-            "exchanges streamed LoRA for streamed checkpoint",
-            "or lower the resolution or the batch size",
-        ]
+            "them on the card"
+        )
+        weights = megabytes_down(base - offloaded - streamed)
+        if weights:
+            advice.append(
+                f"or set GPU Weights to {weights} MB or less, which exchanges streamed LoRA for streamed "
+                "checkpoint"
+            )
+        advice.append("or lower the resolution or the batch size")
     elif offloaded:
         advice += [f"{megabytes(offloaded)} MB of the checkpoint stay in RAM; a smaller one would be faster"]
     return tuple(advice)
@@ -118,7 +122,7 @@ def _to_run_at_all(missing: int, least: int, inference: int, margin: int) -> tup
         advice.append(
             f"set the memory margin to {megabytes_down(margin - freed)} MB (now {megabytes(margin)})"
         )
-    if inference:
+    if missing <= inference:
         advice.append(
             f"lower the resolution or the batch size, or raise GPU Weights: the generation itself keeps "
             f"{megabytes(inference)} MB, of which {megabytes(missing)} MB are missing"

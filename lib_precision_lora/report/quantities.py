@@ -13,4 +13,8 @@ def part_of(seconds: float, whole: float) -> str:
 
 
 def mebibytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
+    """MiB; a smaller unit for an amount that would be 0.0 of it."""
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if not nbytes or nbytes >= size / 20:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"

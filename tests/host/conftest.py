@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from tests.host.checkpoints import Checkpoint
 from tests.host.generation import load_checkpoint
 from tests.host.jobs import FIRST, Jobs, start_jobs
 from tests.host.webui import KINDS, Host, running_host
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -78,6 +82,23 @@ def jobs(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     assert jobs.loads == [(FIRST, None)]
     jobs.loads.clear()
     return jobs
+
+
+@pytest.fixture
+def api(host: Host, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A client of our routes alone."""
+    pytest.importorskip("fastapi", reason="the routes need fastapi: run it with a Forge's own interpreter")
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from lib_precision_lora.host import api as module
+
+    monkeypatch.setattr(host.shared.cmd_opts, "api", True, raising=False)
+    monkeypatch.setattr(host.shared.cmd_opts, "api_auth", None, raising=False)
+    monkeypatch.setattr(module, "check_arguments_of_requests", lambda: None)
+    app = FastAPI()
+    module.add_api(None, app)
+    return TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.fixture

@@ -24,21 +24,6 @@ PLAN = "/precision-lora/v1/plan"
 
 
 @pytest.fixture
-def api(host: Host, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-
-    from lib_precision_lora.host import api as module
-
-    monkeypatch.setattr(host.shared.cmd_opts, "api", True, raising=False)
-    monkeypatch.setattr(host.shared.cmd_opts, "api_auth", None, raising=False)
-    monkeypatch.setattr(module, "check_arguments_of_requests", lambda: None)
-    app = FastAPI()
-    module.add_api(None, app)
-    return TestClient(app, raise_server_exceptions=False)
-
-
-@pytest.fixture
 def checkpoint(host: Host) -> Checkpoint:
     make_lora("cats", 0, 4).write(host)
     make_lora("dogs", 1, 8).write(host)

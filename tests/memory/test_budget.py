@@ -180,6 +180,30 @@ def test_advice_is_short_and_following_it_helps(given: dict[str, int]) -> None:
         assert plan_budget(**freed).placement != "refused"
 
 
+@settings(max_examples=400, deadline=None)
+@given(budgets())
+def test_no_advice_is_of_nothing(given: dict[str, int]) -> None:
+    """A margin alone can be set to 0 MB; and no more is missing of what the generation keeps than that."""
+    for line in plan_budget(**given).advice:
+        assert "GPU Weights to 0 MB" not in line
+        numbers = re.findall(r"(?<!to )\b(\d+)\b", line)
+        assert all(int(number) > 0 for number in numbers)
+        kept = re.search(r"keeps (\d+) MB, of which (\d+) MB are missing", line)
+        assert kept is None or int(kept[2]) <= int(kept[1])
+
+
+@pytest.mark.parametrize(("base", "advised"), [(100 * MIB, False), (3 * GIB, True)])
+def test_gpu_weights_are_advised_where_something_is_left_of_the_checkpoint(base: int, advised: bool) -> None:
+    """1 GiB of factors is exchanged for as much of the checkpoint, which must have it."""
+    made = plan(6 * GIB, base, 6 * GIB - base, 0, GIB)
+    assert made.placement == "streamed"
+    lines = [line for line in made.advice if "GPU Weights" in line]
+    assert bool(lines) is advised
+    for line in lines:
+        weights = int(re.findall(r"\d+", line)[0]) * MIB
+        assert 0 < weights <= base - made.streamed_bytes - made.offloaded_bytes
+
+
 def _followed(line: str, given: dict[str, int]) -> dict[str, int] | None:
     """The budget after that advice; None where what it changes is not in megabytes alone."""
     margin = re.match(r"set the memory margin to (\d+) MB", line)

@@ -1,0 +1,47 @@
+"""Names in an image's parameters are read back as they were written."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_precision_lora.host.name_list import joined, separated
+from lib_precision_lora.host.notices import INFOTEXT_SKIPPED, Notices
+
+AWKWARD = ("cats, dogs", "cats,", '"cats"', 'the "best", they say', "a\\b", "c:d", "", " cats", "a\nb", ",")
+
+
+@given(st.lists(st.text() | st.sampled_from(AWKWARD)))
+def test_every_list_of_names_is_read_back(names: list[str]) -> None:
+    assert separated(joined(names)) == names
+
+
+@pytest.mark.parametrize("names", [["cats"], ["cats", "dogs"], ["a: b", "c\\d", "猫"]])
+def test_names_that_cannot_be_mistaken_are_written_as_they_are(names: list[str]) -> None:
+    assert joined(names) == ", ".join(names)
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("", []),
+        ("cats, dogs", ["cats", "dogs"]),
+        ("cats,,dogs,", ["cats", "dogs"]),
+        ('"cats', ['"cats']),
+        ('"cats" and, dogs', ['"cats" and', "dogs"]),
+        (r'"\x", dogs', [r'"\x"', "dogs"]),
+    ],
+)
+def test_a_line_of_another_version_is_read_as_far_as_it_goes(line: str, names: list[str]) -> None:
+    assert separated(line) == names
+
+
+def test_what_is_left_out_in_a_second_pass_joins_names_with_commas_of_the_first() -> None:
+    notices, parameters = Notices(), {}
+    for name in ("cats, big", "dogs", "cats, big"):
+        notices.begin()
+        notices.problem(name, f"LoRA {name} was left out")
+        notices.show([].append, parameters)
+    assert parameters[INFOTEXT_SKIPPED] == '"cats, big", dogs'
+    assert separated(parameters[INFOTEXT_SKIPPED]) == ["cats, big", "dogs"]
