@@ -1,0 +1,5 @@
+"""LoRA files read as data: weights only, nothing run, nothing allocated that the file does not hold."""
+
+from lib_precision_lora.containers.content import ContainerError, LoraContent, PickleError
+
+__all__ = ["ContainerError", "LoraContent", "PickleError"]

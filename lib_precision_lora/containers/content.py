@@ -1,0 +1,41 @@
+"""What a LoRA file holds, and why one cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+class ContainerError(ValueError):
+    """A file that cannot be read: a sentence without the file's name, which says what to do."""
+
+
+class PickleError(ContainerError):
+    """A file that is a pickle where none is read, or holds more than weights."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraContent:
+    """tensors: by key, on the CPU, each with memory of its own unless the file shares it; metadata: that of a
+    safetensors header, empty for other files; digest: SHA-256 of the whole file, in hexadecimal digits;
+    weights_digest: the same of a safetensors file without its header, which WebUIs and model sites show
+    (AutoV3), and of other files the digest.
+
+    The digests are those of the very bytes that the tensors come from.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
+    weights_digest: str = ""
+
+    @property
+    def held_bytes(self) -> int:
+        """RAM that lives as long as the tensors: whole storages, each once, however little of it is seen."""
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for storage in (tensor.untyped_storage() for tensor in self.tensors.values())
+        }
+        return sum(storages.values())
