@@ -18,7 +18,7 @@ from lib_precision_lora.memory.architecture import (
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
 from lib_precision_lora.memory.held import Storage, check_choice, held_bytes, own_storage
 from lib_precision_lora.memory.packed_weights import logical_tensors
-from lib_precision_lora.memory.unet_layout import unet_blocks
+from lib_precision_lora.names.unet import unet_blocks
 
 MODEL = "diffusion model"
 MODEL_PREFIX = "model.diffusion_model."

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lib_precision_lora.memory.checkpoint import MODEL, Checkpoint, Component, Layer
-from lib_precision_lora.memory.unet_layout import OUTSIDE, RESNET, unet_blocks
+from lib_precision_lora.names.unet import OUTSIDE, RESNET, unet_blocks
 
 MODEL_PREFIXES = re.compile(
     r"^(base_model[._]model[._]|base_model[._])?(lora_unet_|lora_transformer_|lycoris_)?"

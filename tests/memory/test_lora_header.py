@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_precision_lora.adapters import read_adapters
-from lib_precision_lora.adapters.reader import SUFFIXES
 from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer, read_checkpoint
 from lib_precision_lora.memory.headers import HeaderError
 from lib_precision_lora.memory.lora_footprints import factor_sizes, workspace_bytes
 from lib_precision_lora.memory.lora_header import ROLES, LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Place, Places
+from lib_precision_lora.names.endings import ENDINGS
 from tests.families import FAMILIES, family
 from tests.memory.checkpoints import (
     MODEL,
@@ -56,7 +56,7 @@ def of_family(name: str) -> dict[str, Tensor]:
 
 
 def test_every_ending_that_the_reader_knows_is_known_to_the_header() -> None:
-    assert SUFFIXES.keys() <= ROLES.keys()
+    assert ENDINGS.keys() <= ROLES.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
