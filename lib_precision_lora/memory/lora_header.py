@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class LoraLayer:
 @dataclass(frozen=True, slots=True)
 class LoraHeader:
     """model, text: the adapters of the diffusion model and of text encoders; unknown: keys of no known
-    ending."""
+    ending, and those of a layer that the file names a second time."""
 
     path: Path
     nbytes: int
@@ -80,6 +80,7 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
     model: list[LoraLayer] = []
     text: list[LoraLayer] = []
     unknown: list[str] = []
+    taken: set[tuple[Place, str]] = set()
     for name, keys in by_module(header.tensors).items():
         factors = {meaning_of(name, key, whole)[0]: header.tensors[key] for key in keys}
         unknown.extend(key for key in keys if not meaning_of(name, key, whole)[0])
@@ -94,12 +95,27 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
                     f"{path}: {factor.name} has shape {list(factor.shape)} and holds no values."
                 )
         layer = LoraLayer(name, kind, _rank(kind, factors), factors, places.find(name))
+        if layer.place is not None:
+            own = {(layer.place, part) for part in _parts(factors)}
+            if taken & own:
+                unknown.extend(keys)
+                continue
+            taken |= own
         (text if of_text_encoder(name, layer.place) else model).append(layer)
     if not model and not text:
         raise HeaderError(
             f"{path}: none of its {len(header.tensors)} tensors has a name of a LoRA; is it a checkpoint?"
         )
     return LoraHeader(path, header.nbytes, tuple(model), tuple(text), tuple(unknown))
+
+
+def _parts(factors: Iterable[str]) -> Iterator[str]:
+    """Which parameters of a layer a file changes; factors: their roles."""
+    biases = {"diff_b", "lora_up_bias"}
+    if not biases.issuperset(factors):
+        yield "weight"
+    if not biases.isdisjoint(factors):
+        yield "bias"
 
 
 def _kind(factors: Mapping[str, StoredTensor]) -> str | None:

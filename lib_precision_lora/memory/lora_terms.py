@@ -28,6 +28,9 @@ from lib_precision_lora.memory.tensors import StoredTensor
 ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element on the card by type."""
 
+MOST_STAGES = 32
+"""A butterfly's stages are as many as the number of its inputs has binary digits, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -185,7 +188,7 @@ def _stages(blocks: StoredTensor, ordered_first: bool) -> tuple[tuple[int, ...],
     blocks: [count, b, b], or [stages, count, b, b], each stage between an order of 8-byte numbers and its
     inverse; ordered_first: the first stage too.
     """
-    if len(blocks.shape) != 4:
+    if len(blocks.shape) != 4 or blocks.shape[0] > MOST_STAGES:
         return (FP32 * blocks.elements,), [BLOCK_COPIES]
     stages, count, size = blocks.shape[:3]
     sizes: list[int] = []

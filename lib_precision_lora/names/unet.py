@@ -46,7 +46,11 @@ class Block:
 
 def unet_blocks(names: Collection[str]) -> tuple[Block, ...]:
     """Every block of the checkpoint; names: those of its parameters."""
-    prefixes = {".".join(name.split(".")[:depth]) for name in names for depth in range(2, DEEPEST_BLOCK + 1)}
+    prefixes = {
+        ".".join(steps[:depth])
+        for steps in (name.split(".", DEEPEST_BLOCK) for name in names)
+        for depth in range(2, DEEPEST_BLOCK + 1)
+    }
     down = tuple(_down(prefixes))
     deepest = max((block.level for block in down), default=0)
     middle = tuple(
@@ -66,7 +70,7 @@ def diffusers_names(module: str, blocks: Mapping[str, Block]) -> tuple[str, ...]
     """
     if module in OUTSIDE:
         return OUTSIDE[module]
-    steps = module.split(".")
+    steps = module.split(".", DEEPEST_BLOCK)
     for depth in range(min(len(steps), DEEPEST_BLOCK), 1, -1):
         block = blocks.get(".".join(steps[:depth]))
         if block is not None:
