@@ -12,15 +12,6 @@ from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Left, Running, Step
 from lib_precision_lora.adapters.terms import Dense
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".diff": ("diff", ""),
-    ".diff_b": ("diff_b", ""),
-    ".w_norm": ("diff", ""),
-    ".b_norm": ("diff_b", ""),
-    ".set_weight": ("set_weight", ""),
-}
-"""Key endings of a file → (what the tensor is, the layout that writes it so)."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diff:

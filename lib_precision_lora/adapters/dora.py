@@ -22,12 +22,6 @@ from lib_precision_lora.adapters.additive import Additive, add_term
 from lib_precision_lora.adapters.operators import Diagonal
 from lib_precision_lora.adapters.steps import Add, Left, Right, Running, Step
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".dora_scale": ("dora_scale", ""),
-    ".lora_magnitude_vector": ("magnitude", "PEFT"),
-    ".lora_magnitude_vector.weight": ("magnitude", "PEFT"),
-}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DoRA:

@@ -24,7 +24,6 @@ from lib_precision_lora.adapters.steps import Add, Running, Step
 from lib_precision_lora.adapters.terms import LowRank
 
 ROLES = ("a1", "a2", "b1", "b2")
-SUFFIXES: Mapping[str, tuple[str, str]] = {f".{role}.weight": (role, "LyCORIS") for role in (*ROLES, "bm")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,12 +17,6 @@ from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, r
 from lib_precision_lora.adapters.operators import Diagonal
 from lib_precision_lora.adapters.steps import Left, Right, Running, Step
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".on_input": ("on_input", "LyCORIS"),
-    ".ia3_l": ("ia3_l", "PEFT"),
-    ".ia3_l.default": ("ia3_l", "PEFT"),
-}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IA3:

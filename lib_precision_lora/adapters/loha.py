@@ -24,9 +24,6 @@ from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import Hadamard, LowRank
 
 ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    f".{role}": (role, "LyCORIS") for role in (*ROLES, "hada_t1", "hada_t2")
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

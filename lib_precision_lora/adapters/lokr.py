@@ -25,7 +25,6 @@ from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import Dense, Kronecker
 
 ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-SUFFIXES: Mapping[str, tuple[str, str]] = {f".{role}": (role, "LyCORIS") for role in ROLES}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

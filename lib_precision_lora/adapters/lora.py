@@ -16,25 +16,6 @@ from lib_precision_lora.adapters.diff import Diff, make_diff
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import LowRank
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".lora_up.weight": ("lora_up", "kohya"),
-    ".lora_down.weight": ("lora_down", "kohya"),
-    ".lora_mid.weight": ("lora_mid", "kohya"),
-    ".lora_B.weight": ("lora_up", "PEFT"),
-    ".lora_A.weight": ("lora_down", "PEFT"),
-    ".lora_B.bias": ("lora_up_bias", "PEFT"),
-    ".lora.up.weight": ("lora_up", "diffusers"),
-    ".lora.down.weight": ("lora_down", "diffusers"),
-    "_lora.up.weight": ("lora_up", "diffusers attention processors"),
-    "_lora.down.weight": ("lora_down", "diffusers attention processors"),
-    ".lora_linear_layer.up.weight": ("lora_up", "diffusers text encoder"),
-    ".lora_linear_layer.down.weight": ("lora_down", "diffusers text encoder"),
-    ".up.weight": ("lora_up", "XLabs"),
-    ".down.weight": ("lora_down", "XLabs"),
-    ".alpha": ("alpha", ""),
-}
-"""Key endings of a file → (what the tensor is, the layout that writes it so)."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRA:

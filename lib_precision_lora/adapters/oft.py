@@ -22,11 +22,6 @@ from lib_precision_lora.adapters.cayley import cayley_deviation
 from lib_precision_lora.adapters.operators import Blocks, Chain, Diagonal, Operator
 from lib_precision_lora.adapters.steps import Left, Running, Step
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".oft_blocks": ("oft_blocks", "LyCORIS"),
-    ".rescale": ("rescale", "LyCORIS"),
-}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OFT:

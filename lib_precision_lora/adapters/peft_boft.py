@@ -20,13 +20,6 @@ from lib_precision_lora.adapters.input_rotation import InputRotation
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.peft_oft import read_scale
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".boft_R": ("boft_R", "PEFT"),
-    ".boft_R.default": ("boft_R", "PEFT"),
-    ".boft_s": ("boft_s", "PEFT"),
-    ".boft_s.default": ("boft_s", "PEFT"),
-}
-
 
 def read_peft_boft(name: str, tensors: Mapping[str, Tensor]) -> InputRotation | None:
     """The BOFT of inputs among a layer's tensors, by role; None where there is none.

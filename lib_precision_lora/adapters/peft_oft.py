@@ -38,16 +38,6 @@ from lib_precision_lora.adapters.input_rotation import InputRotation
 from lib_precision_lora.adapters.oft import OFT
 from lib_precision_lora.adapters.operators import Blocks
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".oft_R.weight": ("oft_R", "PEFT"),
-    ".oft_R.default.weight": ("oft_R", "PEFT"),
-    ".oft_R.scaled_oft": ("scaled_oft", "OneTrainer"),
-    ".oft_r": ("oft_r", "PEFT"),
-    ".oft_r.default": ("oft_r", "PEFT"),
-    ".oft_s": ("oft_s", "PEFT"),
-    ".oft_s.default": ("oft_s", "PEFT"),
-}
-
 PEFT_PREFIX = "base_model."
 """Begins every name in a file of PEFT's own."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,22 +25,10 @@ from lib_precision_lora.adapters import (
 )
 from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
-from lib_precision_lora.adapters.layouts import aliases, whole_norms
 from lib_precision_lora.adapters.target import Target
+from lib_precision_lora.names.endings import by_module, meaning_of
+from lib_precision_lora.names.layouts import aliases, whole_norms
 from lib_precision_lora.ticks import Steps, Tick, untold
-
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".weight": ("weight", ""),
-    **{
-        ending: role
-        for family in (lora, dora, loha, lokr, glora, ia3, oft, peft_oft, peft_boft, tlora, diff)
-        for ending, role in family.SUFFIXES.items()
-    },
-}
-_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)$")
-"""PEFT's endings with the name of the adapter in them: `default`, `default_0`, or one of the user's."""
-
-_BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +69,7 @@ def read_adapters(
     unmatched: list[str] = []
     layouts: Counter[str] = Counter()
     whole = whole_norms(state_dict)
-    modules = _by_module(state_dict)
+    modules = by_module(state_dict)
     step = Steps(len(modules), tick)
     for name, keys in modules.items():
         step()
@@ -91,7 +78,7 @@ def read_adapters(
             unmatched.extend(keys)
             continue
         target, leading_rows = place
-        meanings = {key: _meaning(name, key, whole) for key in keys}
+        meanings = {key: meaning_of(name, key, whole) for key in keys}
         roles = {role: key for key, (role, _) in meanings.items() if role}
         weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
         if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
@@ -161,23 +148,6 @@ class Asked(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def _by_module(state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The file's keys, grouped by module; a key of unknown ending stands alone under its own name."""
-    modules: dict[str, list[str]] = {}
-    for key in state_dict:
-        named = _NAMED.search(key)
-        suffix = named[0] if named else next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
-        modules.setdefault(key.removesuffix(suffix), []).append(key)
-    return modules
-
-
-def _meaning(name: str, key: str, whole: frozenset[str]) -> tuple[str, str]:
-    """What the tensor under a module's key is ("" where nobody knows), and the layout that writes it so."""
-    if key in whole:
-        return "set_weight", ""
-    return SUFFIXES.get(_NAMED.sub(r"\1.\2", key[len(name) :]), ("", ""))
 
 
 def _target(name: str, key_map: Mapping[str, Any] | None) -> tuple[Target, bool] | None:

@@ -12,12 +12,6 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError
 
-SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".q_layer.weight": ("q_layer", "LyCORIS"),
-    ".p_layer.weight": ("p_layer", "LyCORIS"),
-    ".lambda_layer": ("lambda_layer", "LyCORIS"),
-}
-
 
 def refuse_tlora(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise `AdapterError` for a layer of a T-LoRA."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.adapters.architectures import by_kind, describe_leftover
 from lib_precision_lora.host.files import FileInterrupted, FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.notices import Notices
@@ -17,6 +16,7 @@ from lib_precision_lora.host.patchers import KeptPatchers
 from lib_precision_lora.host.progress import Interrupted, Progress
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.report import FileReport
+from lib_precision_lora.names.architectures import by_kind, describe_leftover
 
 logger = logging.getLogger("lib_precision_lora")
 

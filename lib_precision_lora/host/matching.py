@@ -19,19 +19,16 @@ from lib_precision_lora.adapters import (
     to_forge_patch,
 )
 from lib_precision_lora.adapters.adapter import require_finite
-from lib_precision_lora.adapters.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
 from lib_precision_lora.adapters.ia3 import IA3
 from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
+from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
+from lib_precision_lora.names.key_map import is_input_layer
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ticks import Tick, untold
 
 HostParser = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[dict[Any, Any], dict[str, Tensor]]]
-
-INPUT_LAYERS = ("img_in.weight", "input_blocks.0.0.weight")
-"""Where a file may have another number of input channels than the checkpoint, as control LoRAs do; anywhere
-else that is the sign of another model."""
 
 ENCODER_NUMBERS = {"clip_l": 1, "clip_h": 1, "clip_g": 2, "t5xxl": 3}
 """The host's names of text encoders → their numbers in files."""
@@ -201,7 +198,7 @@ def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch |
         return None
     try:
         shape = target_shape(model, target)
-        widens = parameter.endswith(INPUT_LAYERS) and channels_of(adapter, shape) != shape[1]
+        widens = is_input_layer(parameter) and channels_of(adapter, shape) != shape[1]
         if not widens:
             adapter.check(shape)
     except (AdapterError, StorageError) as error:

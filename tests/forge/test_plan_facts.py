@@ -14,7 +14,7 @@ from torch import nn
 from lib_precision_lora.memory.architecture import Request, flow_of
 from lib_precision_lora.memory.checkpoint import read_checkpoint
 from lib_precision_lora.memory.naming import Places
-from lib_precision_lora.memory.unet_layout import unet_blocks
+from lib_precision_lora.names.unet import unet_blocks
 from tests.forge import tiny_models
 from tests.forge.real_forge import Forge
 from tests.memory.checkpoints import (

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lib_precision_lora.adapters.layouts import bare_name, text_encoder_path
+from lib_precision_lora.names.layouts import bare_name, text_encoder_path
 
 UNET, FLUX, SD3 = "SD 1.5 or SDXL", "Flux or Chroma", "SD 3"
 BUNDLED_EMBEDDING = "bundle_emb."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from lib_precision_lora.adapters.architectures import (
+from lib_precision_lora.names.architectures import (
     FLUX,
     SD3,
     UNET,
