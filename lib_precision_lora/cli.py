@@ -6,13 +6,13 @@ Exit codes: 0 fine, 1 findings, 2 bad input. Reports go to the standard output, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lib_precision_lora import __version__
+from lib_precision_lora.plain_text import plain, plain_json
 
 FINE, FINDINGS, BAD_INPUT = 0, 1, 2
 SMALLEST, LARGEST, STEP = 256, 4096, 256
@@ -31,13 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInputError as error:
         if options.json:
             write_json({"error": str(error)})
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{plain(error)}\n")
         return BAD_INPUT
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors quote arguments, which a shell may have made of the names of files."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m lib_precision_lora",
         description="LoRAs computed exactly beside an untouched low-bit base.",
         epilog="Exit codes: 0 fine, 1 findings, 2 bad input.",
@@ -214,4 +221,4 @@ def run_plan_command(options: argparse.Namespace) -> int:
 
 
 def write_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(plain_json(value) + "\n")

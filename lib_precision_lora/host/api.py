@@ -30,6 +30,7 @@ from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.generations import COMPUTE_NAMES, GENERATIONS
 from lib_precision_lora.host.prospect import ModelProspect, NoCheckpointError
 from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.plain_text import plain, sentence
 from lib_precision_lora.report.inspect_file import UnreadableFileError, inspect_file
 from lib_precision_lora.ui.accordion import TITLE
 
@@ -153,10 +154,11 @@ def get_inspection(
     try:
         found = inspect_file(path)
     except UnreadableFileError as error:
-        raise HTTPException(422, str(error).replace(str(path), path.name)) from None
+        raise HTTPException(422, sentence(str(error).replace(str(path), path.name))) from None
     except Exception:  # a damaged file can fail in any way; the log has it, the client need not
         logger.exception("inspecting LoRA %s failed", lora)
-        raise HTTPException(500, f"Inspecting LoRA {lora} failed; the WebUI's log says why") from None
+        said = f"Inspecting LoRA {plain(lora)} failed; the WebUI's log says why"
+        raise HTTPException(500, said) from None
     finally:
         _one_inspection.release()
     return models.Inspection(**{**found.as_object(), "name": lora})
@@ -187,9 +189,9 @@ def get_plan(
         with webui_idle():
             found = active.plan_for(loras, (width // 8) * (height // 8))
     except (NoCheckpointError, BusyError) as error:
-        raise HTTPException(409, str(error)) from None
+        raise HTTPException(409, sentence(error)) from None
     except FileProblem as problem:
-        raise HTTPException(422, str(problem)) from None
+        raise HTTPException(422, sentence(problem)) from None
     except Exception:  # the host can fail in any way; the log has it, the client need not
         logger.exception("planning the memory of LoRAs failed")
         raise HTTPException(500, "Planning failed; the WebUI's log says why") from None

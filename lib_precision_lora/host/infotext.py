@@ -10,6 +10,7 @@ from typing import Any
 from lib_precision_lora import __version__
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.notices import INFOTEXT_SKIPPED
+from lib_precision_lora.host.pop_ups import pop_up
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, PATCHERS
 
 logger = logging.getLogger("lib_precision_lora")
@@ -18,6 +19,7 @@ MODE, LOW_BITS, VERSION = "Precision LoRA mode", "Precision LoRA low bits", "Pre
 PREFIX = "Precision LoRA "
 OURS_IN_INFOTEXT = (MODE, LOW_BITS, VERSION, INFOTEXT_SKIPPED)
 DEFAULT_MODE = COMPUTE_MODES[0]
+MOST_POP_UPS = 8
 MODES = (*COMPUTE_MODES, *(patcher for patcher in PATCHERS if patcher != OURS))
 """All that `MODE` can say: a compute mode of ours, or which of the host's ways it was instead."""
 
@@ -99,14 +101,17 @@ the other's."""
 
 
 def warn_of_what_is_not_pasted(infotext: str, values: Mapping[str, Any]) -> None:
-    """Once for each paste, in the page and in the log."""
+    """Once for each paste, in the page and in the log. Who wrote the infotext may have written much: the page
+    shows the first `MOST_POP_UPS` of it."""
     if binding.active() is None:
         return
-    import gradio
-
-    for problem in read_parameters(values, _low_bits_choices()).problems:
+    problems = [f"{problem}." for problem in read_parameters(values, _low_bits_choices()).problems]
+    hidden = len(problems) - MOST_POP_UPS
+    if hidden > 0:
+        problems[MOST_POP_UPS:] = [f"{hidden} more parts of the image's parameters were not set."]
+    for problem in problems:
         logger.warning("%s", problem)
-        gradio.Warning(f"Precision LoRA: {problem}.")
+        pop_up(problem)
 
 
 def _low_bits_choices() -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lib_precision_lora.host.name_list import joined, separated
+from lib_precision_lora.plain_text import plain, sentence
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -24,6 +25,7 @@ def tell(p: Any, message: str) -> None:
     p: the host's processing object. It holds comments until the images are there, also those from before
     its model is loaded.
     """
+    message = sentence(message)
     if message not in p.comments:
         logger.warning("%s", message)
         p.comment(message)
@@ -69,7 +71,7 @@ class Notices:
         sentence with the reason, logged once; failed: False where the user wanted it so."""
         self._forget_former_generations()
         name = name_of(source)
-        message, source = message.replace(source, name), name
+        message, source = sentence(message.replace(source, name)), plain(name)
         if message not in self._problems:
             logger.warning("%s", message)
             self._problems[message] = source

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from lib_precision_lora.plain_text import plain
 from lib_precision_lora.ticks import Tick, untold
 
 logger = logging.getLogger("lib_precision_lora")
@@ -82,7 +83,7 @@ class Progress:
         second, one more every ten seconds, and one at the end. `tick` raises `Interrupted` where the image
         is not wanted any more.
         """
-        state = self._state()
+        name, state = plain(name), self._state()
         before, started = state.textinfo, self.clock()
         announced, given_up, due = False, False, started + ANNOUNCED_AFTER
 
@@ -112,7 +113,7 @@ class Progress:
 
         logged: whether the log has a line at once; one at the end it has where this has lasted a second.
         """
-        state = self._state()
+        name, state = plain(name), self._state()
         before, started = state.textinfo, self.clock()
         if logged:
             logger.info("%s", name)

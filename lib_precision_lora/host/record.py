@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lib_precision_lora.host.report import FileReport
+from lib_precision_lora.plain_text import sentence as plain_sentence
 
 KEPT_PASSES = 512
 """A generation of more batches than that is reported by its last ones."""
@@ -36,7 +37,8 @@ class Pass:
         if source is not None:
             self.sources[source] = len(self.files)
         if file.problem is not None:
-            self.problems.append(file.problem)
+            file = dataclasses.replace(file, problem=plain_sentence(file.problem))
+            self.problems.append(str(file.problem))
         self.files.append(file)
 
     def problem(self, source: str | None, sentence: str) -> None:
@@ -46,6 +48,7 @@ class Pass:
         """
         if source in self.sources:
             sentence = sentence.replace(source, self.files[self.sources[source]].name)
+        sentence = plain_sentence(sentence)
         if sentence not in self.problems:
             self.problems.append(sentence)
         places = range(len(self.files)) if source is None else [self.sources.get(source)]

@@ -10,7 +10,6 @@ which nothing can load. What no LoRA changes has the bytes that the host gives i
 from __future__ import annotations
 
 import contextlib
-import html
 import logging
 import os
 import threading
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 from lib_precision_lora.branch.rounding import rounded
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.notices import name_of
+from lib_precision_lora.host.pop_ups import page_error, page_waits, pop_up
 from lib_precision_lora.host.progress import Stage, unshown
 from lib_precision_lora.host.replacement import Replacement
+from lib_precision_lora.plain_text import sentence
 from lib_precision_lora.report.saved import Saved
 from lib_precision_lora.storage import StorageError, encode, stored_weight
 from lib_precision_lora.ticks import Tick
@@ -222,25 +223,10 @@ def _tell(saved: Saved) -> None:
 def _say(message: str, serious: bool = True) -> None:
     """To the log, and to the page where it has asked for this."""
     logger.log(logging.WARNING if serious else logging.INFO, "%s", message)
-    if _page_waits():
-        import gradio
-
-        (gradio.Warning if serious else gradio.Info)(f"Precision LoRA: {html.escape(message, quote=False)}")
+    if page_waits():
+        pop_up(message, serious)
 
 
 def _as_the_page_shows_it(message: str) -> Exception:
     """The page shows the text of gradio's own exceptions alone."""
-    if not _page_waits():
-        return SavingError(message)
-    import gradio
-
-    return gradio.Error(f"Precision LoRA: {html.escape(message, quote=False)}")
-
-
-def _page_waits() -> bool:
-    """Whether this runs for a click in the page; elsewhere gradio would print what it is told."""
-    try:
-        from gradio.context import LocalContext
-    except ImportError:
-        return False
-    return LocalContext.blocks.get() is not None and LocalContext.event_id.get() is not None
+    return page_error(message) if page_waits() else SavingError(sentence(message))

@@ -7,6 +7,7 @@ from typing import Any
 
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.infotext import MODES
+from lib_precision_lora.plain_text import plain
 from lib_precision_lora.ui.choices import COMPUTE_MODES, OURS
 
 MODE_AXIS, LOW_BITS_AXIS = "[Precision LoRA] mode", "[Precision LoRA] low bits"
@@ -66,6 +67,6 @@ def confirm(label: str, choices: Callable[[], Sequence[str]]) -> Callable[[Any, 
         allowed = choices()
         for value in values:
             if value not in allowed:
-                raise RuntimeError(f"{label}: {value} is none of {', '.join(allowed)}")
+                raise RuntimeError(f"{label}: {plain(value)} is none of {', '.join(allowed)}")
 
     return check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from lib_precision_lora.plain_text import plain, plain_lines
 from lib_precision_lora.report.inspect_file import Inspection
 from lib_precision_lora.report.quantities import mebibytes
 
@@ -14,7 +15,7 @@ def inspection_text(inspection: Inspection) -> str:
     """The file in a few lines, its layers, and what is wrong with it."""
     unmatched = inspection.unmatched
     hidden = len(unmatched) - SHOWN_KEYS
-    return "\n".join(
+    return plain_lines(
         [
             inspection.path,
             f"layout     {inspection.layout}",
@@ -29,17 +30,17 @@ def inspection_text(inspection: Inspection) -> str:
             "",
             *layer_lines(inspection),
             *([f"FINDING  {finding}" for finding in inspection.findings] or ["No findings."]),
-            "",
         ]
     )
 
 
 def layer_lines(inspection: Inspection) -> Iterable[str]:
-    width = max((len(layer.name) for layer in inspection.layers), default=0)
-    for layer in inspection.layers:
+    names = [plain(layer.name) for layer in inspection.layers]
+    width = max(map(len, names), default=0)
+    for name, layer in zip(names, inspection.layers, strict=True):
         rank = "" if layer.rank is None else f"rank {layer.rank}"
         alpha = "" if layer.alpha is None else f"alpha {layer.alpha:g}"
-        columns = f"{layer.name:<{width}}  {layer.kind:<6}  {rank:<9}  {alpha:<11}"
+        columns = f"{name:<{width}}  {layer.kind:<6}  {rank:<9}  {alpha:<11}"
         yield f"{columns}  {layer.nbytes} bytes"
     if inspection.layers:
         yield ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lib_precision_lora.plain_text import plain, plain_lines
 from lib_precision_lora.report.plan_report import LoraRow, PlanReport
 from lib_precision_lora.report.quantities import mebibytes
 
@@ -30,7 +31,7 @@ def plan_text(report: PlanReport, unicode: bool = True) -> str:
     blocks = BLOCKS if unicode else LETTERS
     free = f"{mebibytes(budget.free_bytes)} of {mebibytes(budget.total_bytes)} free"
     assumed = "" if wish.free_bytes is not None else ", the rest taken to be the driver's and the desktop's"
-    return "\n".join(
+    return plain_lines(
         [
             f"{wish.model}",
             f"{report.architecture.name}, {report.layout}; {wish.width}×{wish.height}, batch {wish.batch} "
@@ -65,7 +66,6 @@ def plan_text(report: PlanReport, unicode: bool = True) -> str:
             report.verdict,
             *(f"  - {sentence}" for sentence in report.plan.advice),
             *(f"NOTE  {note}" for note in report.notes),
-            "",
         ]
     )
 
@@ -152,6 +152,7 @@ def _bar(segments: list[tuple[str, str, int]], total: int, unicode: bool) -> str
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Columns as wide as their longest cell; from the third on, to the right."""
+    rows = [tuple(map(plain, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (
