@@ -25,7 +25,7 @@ LONGEST_KEY = 512
 MOST_AXES = 8
 
 REPEATS = 2
-"""Tensors of a torch file may share storages; so many times the file's size is what they may show together."""
+"""Tensors of a torch file may share storages: together they may show so many times the file's bytes."""
 
 CHUNK_BYTES = 16 * 2**20
 """What is read between one tick and the next: a fraction of a second, also from a slow disk."""

@@ -1,6 +1,6 @@
 """What the pickle of a torch file can make: tensors by description, numbers, texts, lists, dictionaries.
 
-A name that a pickle speaks of is never looked up in a module. It is found in the tables below, or it is refused.
+A name that a pickle speaks of is never looked up in a module: it is in the tables below, or it is refused.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ STORAGES: Mapping[str, torch.dtype | None] = {
 
 
 def storage_of(identity: Any) -> Storage:
-    """From `("storage", type, key, device, count, …)`, the only thing that torch leaves outside of a pickle."""
+    """From `("storage", type, key, device, count, …)`, the only thing that torch leaves out of a pickle."""
     match identity:
         case ("storage", Name(path), str(key), _, int(count), *_) if path in STORAGES and count >= 0:
             return Storage(key, STORAGES[path], count)
@@ -174,7 +174,7 @@ def named(module: str, name: str) -> Name:
     path = f"{module}.{name}"
     if path not in NAMES:
         raise PickleError(
-            f"it holds more than weights: {path[:120]!r}, which could run code and was not run; do not use it, "
-            "or have it as safetensors from a source that you trust"
+            f"it holds more than weights: {path[:120]!r}, which could run code and was not run; do not use "
+            "it, or have it as safetensors from a source that you trust"
         )
     return Name(path)

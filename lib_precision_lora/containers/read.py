@@ -17,10 +17,11 @@ from lib_precision_lora.ticks import Tick, untold
 def read_lora(path: Path, tick: Tick = untold, pickles: bool = True) -> LoraContent:
     """Every tensor of the file, copied, on the CPU.
 
-    pickles: False where files of `torch.save` are refused unread. Raises `ContainerError`, with a reason and no
-    path in it, `OSError` where the file cannot be opened or read, and what the tick raises. The bytes are
-    copied, not mapped: a mapped file cannot be written over on Windows, and a training that writes over it
-    elsewhere would change tensors in use.
+    pickles: False where files of `torch.save` are refused unread. The bytes are copied, not mapped: a mapped
+    file cannot be written over on Windows, and a training that writes over it elsewhere would change tensors
+    in use.
+    Raises `ContainerError`, with a reason and no path in it, `OSError` where the file cannot be opened or
+    read, and what the tick raises.
     """
     with path.open("rb") as file:
         return read_open(path.name, file, tick, pickles)
@@ -45,8 +46,8 @@ def read_open(name: str, file: BinaryIO, tick: Tick = untold, pickles: bool = Tr
         return read_safetensors(name, file, size, tick)
     except (MemoryError, RuntimeError) as error:
         raise ContainerError(
-            f"there is no memory for its {size} bytes ({type(error).__name__}); close other programs, or use a "
-            "smaller file"
+            f"there is no memory for its {size} bytes ({type(error).__name__}); close other programs, or use "
+            "a smaller file"
         ) from error
 
 

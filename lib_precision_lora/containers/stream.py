@@ -52,7 +52,8 @@ def fill(file: BinaryIO, size: int, rooms: Sequence[Room], weights_start: int, t
             count = file.readinto(target[:CHUNK_BYTES])  # type: ignore[attr-defined]
             if not count:
                 raise ContainerError(
-                    f"the file is truncated: it had {size} bytes and ends at {here}; download or copy it again"
+                    f"the file is truncated: it had {size} bytes and ends at {here}; download or copy it "
+                    "again"
                 )
             read_now = target[:count]
             whole.update(read_now)
@@ -75,7 +76,7 @@ def fill(file: BinaryIO, size: int, rooms: Sequence[Room], weights_start: int, t
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _widest_gap(rooms: Sequence[Room], size: int) -> int:

@@ -109,9 +109,7 @@ def _root_of(entries: Mapping[str, ZipEntry]) -> str:
     """The folder that a torch archive has everything in, with its slash."""
     found = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise ContainerError(
-            "it is a zip archive, but none that torch.save has written; use it as safetensors"
-        )
+        raise ContainerError("it is a zip archive, but none of torch.save's; use the LoRA as safetensors")
     root = found[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
         raise ContainerError("it is a program of TorchScript and no LoRA; use the LoRA's own file")

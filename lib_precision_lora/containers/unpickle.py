@@ -33,8 +33,8 @@ class Unpickler:
     def __init__(self, content: bytes) -> None:
         if len(content) > LARGEST_PICKLE:
             raise PickleError(
-                f"its pickle has {len(content)} bytes, above the limit of {LARGEST_PICKLE}: it holds more than "
-                "weights; use it as safetensors"
+                f"its pickle has {len(content)} bytes, above the limit of {LARGEST_PICKLE}: it holds more "
+                "than weights; use it as safetensors"
             )
         self._content = content
         self.position = 0
@@ -53,13 +53,14 @@ class Unpickler:
                     return self._stack.pop()
                 if code not in _INSTRUCTIONS:
                     raise PickleError(
-                        f"its pickle has the instruction {code!r}, which no weights need; use it as safetensors"
+                        f"its pickle has the instruction {code!r}, which no weights need; use it as "
+                        "safetensors"
                     )
                 self._steps += 1
                 if self._steps > MOST_STEPS:
                     raise PickleError(
-                        f"its pickle has more than {MOST_STEPS} instructions: it holds more than weights; use "
-                        "it as safetensors"
+                        f"its pickle has more than {MOST_STEPS} instructions: it holds more than weights; "
+                        "use it as safetensors"
                     )
                 _INSTRUCTIONS[code](self)
         except (IndexError, KeyError, AttributeError, struct.error, UnicodeError) as error:

@@ -1,7 +1,7 @@
 """The directory of a zip archive: where each entry lies. Nothing is unpacked; torch stores its entries as
 they are, and what is compressed is refused.
 
-Source: PKWARE's APPNOTE (4.3.7 local header, 4.3.12 central directory, 4.3.14 to 4.3.16 its end, 4.5.3 zip64).
+Source: PKWARE's APPNOTE (4.3.7 local header, 4.3.12 directory, 4.3.14 to 4.3.16 its end, 4.5.3 zip64).
 """
 
 from __future__ import annotations
