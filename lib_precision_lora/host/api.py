@@ -148,7 +148,7 @@ def get_inspection(
     path = find_lora(lora)
     try:
         with _one_inspection:
-            found = inspect_file(path)
+            found = inspect_file(path, pickles=False)
     except UnreadableFileError as error:
         raise HTTPException(422, str(error).replace(str(path), path.name)) from None
     except Exception:  # a damaged file can fail in any way; the log has it, the client need not
