@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         description="Lists layout, kinds, ranks, alphas, layers and keys that are not understood. Findings "
         "(NaN or inf, rank zero, half a LoRA, no LoRA at all) give exit code 1.",
     )
-    inspect.add_argument("lora", type=Path, metavar="LORA.safetensors")
+    inspect.add_argument("lora", type=Path, metavar="LORA", help="as .safetensors, .pt, .ckpt or .bin")
     inspect.add_argument("--json", action="store_true", help="the result as one JSON object")
     inspect.set_defaults(run=run_inspect_command)
     add_plan_parser(commands)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,8 +17,10 @@ class PickleError(ContainerError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoraContent:
-    """tensors: by key, on the CPU, each with memory of its own unless the file shares it; metadata: that of a
+class LoraContent(Mapping[str, Tensor]):
+    """The tensors of a file by key, with what else the file says.
+
+    tensors: the same, on the CPU, each with memory of its own unless the file shares it; metadata: that of a
     safetensors header, empty for other files; digest: SHA-256 of the whole file, in hexadecimal digits;
     weights_digest: the same of a safetensors file without its header, which WebUIs and model sites show
     (AutoV3), and of other files the digest.
@@ -30,6 +32,15 @@ class LoraContent:
     metadata: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     weights_digest: str = ""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
     @property
     def held_bytes(self) -> int:

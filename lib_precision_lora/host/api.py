@@ -152,7 +152,7 @@ def get_inspection(
     if not _one_inspection.acquire(blocking=False):
         raise HTTPException(409, "Another LoRA is being inspected: ask again when that is done")
     try:
-        found = inspect_file(path)
+        found = inspect_file(path, pickles=False)
     except UnreadableFileError as error:
         raise HTTPException(422, sentence(str(error).replace(str(path), path.name))) from None
     except Exception:  # a damaged file can fail in any way; the log has it, the client need not

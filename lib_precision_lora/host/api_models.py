@@ -23,6 +23,7 @@ class File(BaseModel):
     host_layers: int = Field(description="Those among them that went the WebUI's own way")
     unmatched: list[str] = Field(description="Keys that belong to no layer")
     problem: str | None = Field(description="Why it was left out whole; null where it was applied")
+    digest: str = Field("", description="SHA-256 of the file as it was read; empty where it was not")
 
 
 class Generation(BaseModel):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import os
+import stat
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from lib_precision_lora.containers import ContainerError, LoraContent, PickleError, read_open
+from lib_precision_lora.host.progress import Stage, unshown
 
-from lib_precision_lora.host.progress import Interrupted, Stage, unshown
-from lib_precision_lora.ticks import Tick
-
-CHUNK_BYTES = 16 * 2**20
-"""What is read between one tick and the next: a fraction of a second, also from a slow disk."""
+SAMPLE_BYTES = 4096
+"""What is looked at of a file at each of its start, its middle and its end, to tell it from another."""
 
 
 class FileProblem(ValueError):
@@ -28,100 +26,125 @@ class FileInterrupted(FileProblem):
     """A LoRA file that the user did not wait for: nothing is wrong with it."""
 
 
+class PickleProblem(FileProblem):
+    """A LoRA file that is, or holds, what nothing is read of here."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigests:
+    """Of the bytes that were read (`LoraContent`): of all of them, and as WebUIs show it."""
+
+    digest: str
+    weights_digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells one version of a file from the next."""
+    """What tells one version of a file from the next, without reading it.
+
+    A copy may keep size and time of what it replaces (`cp -p`). It has another inode, or the time of its change
+    (`ctime`) is a later one; on Windows, which keeps the time of creation there, its samples differ.
+    """
 
     path: str
     size: int
     modified_ns: int
+    changed_ns: int = 0
+    inode: tuple[int, int] = (0, 0)
+    samples: bytes = b""
 
     @classmethod
     def of(cls, path: str) -> Stamp:
-        """Raises `FileProblem` where there is no such file."""
+        """Raises `FileProblem` where there is no such file, or one that is no file of bytes."""
         try:
-            status = os.stat(path)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for whoever writes to it
+                raise FileProblem(f"{Path(path).name} is no regular file; replace it, or take it away")
+            with open(path, "rb", buffering=0) as file:
+                return cls.of_open(path, file)
         except OSError as error:
-            raise FileProblem(f"{Path(path).name} cannot be opened ({error.strerror})") from error
-        return cls(path, status.st_size, status.st_mtime_ns)
+            raise _cannot_open(path, error) from error
+
+    @classmethod
+    def of_open(cls, path: str, file: BinaryIO) -> Stamp:
+        """Leaves the file at its start."""
+        status = os.fstat(file.fileno())
+        samples = hashlib.sha256()
+        for place in sorted({0, status.st_size // 2, max(0, status.st_size - SAMPLE_BYTES)}):
+            file.seek(place)
+            samples.update(file.read(SAMPLE_BYTES))
+        file.seek(0)
+        return cls(
+            path,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            (status.st_dev, status.st_ino),
+            samples.digest(),
+        )
 
 
 class LoraFiles:
-    """State dicts by version of the file, within a bound of RAM; the least recently used one goes first.
+    """What files hold, by version of the file, within a bound of RAM; the least recently used one goes first.
 
-    read_other: how the host reads what is no safetensors file (`.pt`, `.ckpt`); limit: the bound in bytes,
-    asked for at each reading; stage: where it is shown.
+    read_other: of no use any more, as every kind of file is read here; limit: the bound in bytes, asked for at
+    each reading; stage: where a reading is shown; digests: of all
+    versions that were read, those that are not kept any more too.
     """
 
     def __init__(
-        self,
-        read_other: Callable[[str], Mapping[str, Tensor]],
-        limit: Callable[[], int] = lambda: 2**30,
-        stage: Stage = unshown,
+        self, read_other: object = None, limit: Callable[[], int] = lambda: 2**30, stage: Stage = unshown
     ) -> None:
-        self._read_other = read_other
         self._limit = limit
         self._stage = stage
-        self._kept: OrderedDict[Stamp, Mapping[str, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Stamp, LoraContent] = OrderedDict()
+        self.digests: dict[Stamp, FileDigests] = {}
 
-    def read(self, stamp: Stamp) -> Mapping[str, Tensor]:
-        """The tensors of the file, on the CPU. Raises `FileProblem` for what cannot be read, and lets
-        `Interrupted` pass.
+    def read(self, stamp: Stamp, pickles: bool = True) -> LoraContent:
+        """The tensors of this version of the file, on the CPU.
 
-        The bytes are copied, not mapped: a mapped file cannot be written over on Windows, and a training
-        that writes over it elsewhere would change tensors in use.
+        pickles: False where nothing is to be read of a pickled file, unless it is here already. Raises
+        `FileProblem` for what cannot be read, and lets `Interrupted` pass.
         """
         if stamp in self._kept:
             self._kept.move_to_end(stamp)
             return self._kept[stamp]
         name = Path(stamp.path).name
         try:
-            with self._stage(f"LoRA {Path(name).stem}: reading") as tick:
-                if name.lower().endswith(".safetensors"):
-                    state_dict: Mapping[str, Tensor] = safetensors.torch.load(content_of(stamp, tick))
-                else:
-                    tick(0, 0)
-                    state_dict = self._read_other(stamp.path)
-        except Interrupted:
-            raise
-        except safetensors.SafetensorError as error:
-            raise FileProblem(
-                f"{name} is no complete safetensors file ({error}): download or copy it again"
-            ) from error
-        except Exception as error:  # a pickle can fail in any way
-            raise FileProblem(f"{name} cannot be read ({error}): download or copy it again") from error
-        tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
-        if not tensors:
+            with self._stage(f"LoRA {Path(name).stem}: reading") as tick, open(stamp.path, "rb") as file:
+                tick(0, stamp.size)
+                if Stamp.of_open(stamp.path, file) != stamp:
+                    raise FileProblem(_changed(name))
+                content = read_open(name, file, tick, pickles)
+                if Stamp.of_open(stamp.path, file) != stamp:
+                    raise FileProblem(_changed(name))
+        except PickleError as error:
+            raise PickleProblem(f"{name}: {error}") from error
+        except ContainerError as error:
+            raise FileProblem(f"{name}: {error}") from error
+        except OSError as error:
+            raise _cannot_open(stamp.path, error) from error
+        if not content:
             raise FileProblem(f"{name} holds no tensors: it is no LoRA")
-        self._kept[stamp] = tensors
+        self.digests[stamp] = FileDigests(content.digest, content.weights_digest)
+        self._kept[stamp] = content
         limit = self._limit()
         while self._kept and self.kept_bytes > limit:
             self._kept.popitem(last=False)
-        return tensors
+        return content
 
     @property
     def kept_bytes(self) -> int:
         """RAM of the files that are kept."""
-        kept = (tensor for file in self._kept.values() for tensor in file.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return sum(content.held_bytes for content in self._kept.values())
 
     def clear(self) -> None:
         self._kept.clear()
+        self.digests.clear()
 
 
-def content_of(stamp: Stamp, tick: Tick) -> bytes:
-    """The bytes of this version of a file; fewer, where it has been cut off since.
+def _cannot_open(path: str, error: OSError) -> FileProblem:
+    return FileProblem(f"{Path(path).name} cannot be opened ({error.strerror}); check the file and its folder")
 
-    They exist once: a `BytesIO` that is filled in place hands out its own memory.
-    """
-    content = io.BytesIO(bytes(stamp.size))
-    done = 0
-    with open(stamp.path, "rb", buffering=0) as file, content.getbuffer() as room:
-        while done < stamp.size:
-            tick(done, stamp.size)
-            read = file.readinto(room[done : done + CHUNK_BYTES])
-            if not read:
-                break
-            done += read
-    content.truncate(done)
-    return content.getvalue()
+
+def _changed(name: str) -> str:
+    return f"{name} was changed while it was being read; the next generation reads it again"

@@ -80,11 +80,7 @@ class ForgeBinding:
         self.memory = MemoryPlanner(
             memory_management, budgeting, self._planning, self._session, self._left_out, self.progress.stage
         )
-        files = LoraFiles(
-            lambda path: utils.load_torch_file(path, safe_load=True),
-            lambda: self.settings().cache_bytes,
-            self.progress.stage,
-        )
+        files = LoraFiles(limit=lambda: self.settings().cache_bytes, stage=self.progress.stage)
         self.loader = NetworkLoader(files, self.notices, self.record, self.progress)
         saving = Saving(self._sessions, Progress(NoJob).stage, self._prompted)
         self._replacements = [

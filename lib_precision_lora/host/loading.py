@@ -87,7 +87,8 @@ class NetworkLoader:
                 versions.append(None)
                 continue
             source = kept.add(network.network_on_disk.filename, match, unet, te)
-            self._record.present.add(report_file(name, match, unet, te), source)
+            digest = self._files.digests[stamp].digest
+            self._record.present.add(report_file(name, match, unet, te, digest), source)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)
@@ -99,14 +100,15 @@ class NetworkLoader:
             self._notices.show(comment_once(engine.comments), engine.extra_generation_params)
 
     def match(self, engine: Any, name: str) -> tuple[str, FileMatch]:
-        """The path of the file of this name, and what it would do to the checkpoint; nothing is applied.
+        """The path of the file of this name, and what it would do to the checkpoint; nothing is applied, and
+        nothing read of a pickled file.
 
         Raises `FileProblem`.
         """
         import networks
 
         on_disk = find_network(networks, name)
-        return on_disk.filename, self._match(engine, on_disk.name, Stamp.of(on_disk.filename))
+        return on_disk.filename, self._match(engine, on_disk.name, Stamp.of(on_disk.filename), pickles=False)
 
     def stand_back(self) -> None:
         """Give the engines their own patchers back; the host's loader starts anew."""
@@ -141,9 +143,9 @@ class NetworkLoader:
             match = self._match(engine, on_disk.name, stamp)
             network = networks.load_network(name, on_disk)
             network.mentioned_name = name
-            if not on_disk.hash:
-                with self._progress.whole(f"LoRA {name}: computing its hash", logged=False):
-                    on_disk.read_hash()
+            weights_digest = self._files.digests[stamp].weights_digest
+            if on_disk.hash != weights_digest:  # what the WebUI knows may be a former file's
+                on_disk.set_hash(weights_digest)
             return stamp, match, network
         except FileProblem:
             raise
@@ -158,7 +160,7 @@ class NetworkLoader:
                 "console's log"
             ) from error
 
-    def _match(self, engine: Any, name: str, stamp: Stamp) -> FileMatch:
+    def _match(self, engine: Any, name: str, stamp: Stamp, pickles: bool = True) -> FileMatch:
         """The file's patches for this checkpoint, from the last call where nothing has changed."""
         from backend.patcher import lora
 
@@ -170,9 +172,9 @@ class NetworkLoader:
         clip = None
         if original.clip is not None:
             clip = self._key_map(original.clip.cond_stage_model, lora.model_lora_keys_clip)
-        state_dict = self._files.read(stamp)
+        content = self._files.read(stamp, pickles)
         with self._progress.stage(f"LoRA {name}: checking") as tick:
-            return match_file(name, state_dict, unet, clip, lora.load_lora, tick)
+            return match_file(name, content, unet, clip, lora.load_lora, tick)
 
     def _key_map(self, model: nn.Module, make: Callable[..., Mapping[str, Any]]) -> KeyMap:
         """The host's names for a model's parameters, made in a dictionary of its own: the host's default
@@ -206,7 +208,7 @@ def find_network(networks: Any, name: str) -> Any:
     raise FileProblem("there is no file of this name in the LoRA folder; the list was read anew just now")
 
 
-def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileReport:
+def report_file(name: str, match: FileMatch, unet: float, te: float, digest: str) -> FileReport:
     """What the file brings to this checkpoint, before anything is attached; at a strength of 0, nothing."""
     return FileReport(
         name,
@@ -218,6 +220,7 @@ def report_file(name: str, match: FileMatch, unet: float, te: float) -> FileRepo
         len(match.unet) if unet else 0,
         len(match.text_encoder) if te else 0,
         unmatched=match.unmatched,
+        digest=digest,
     )
 
 

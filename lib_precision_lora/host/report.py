@@ -14,7 +14,8 @@ class FileReport:
 
     kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
     matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
-    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None.
+    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None;
+    digest: SHA-256 of the bytes that were read, empty where we have read none.
     """
 
     name: str
@@ -28,6 +29,7 @@ class FileReport:
     host_layers: int = 0
     unmatched: tuple[str, ...] = ()
     problem: str | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

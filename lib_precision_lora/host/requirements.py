@@ -45,7 +45,6 @@ REQUIREMENTS = (
     Requirement("backend.memory_management", "soft_empty_cache"),
     Requirement("modules.sd_samplers_kdiffusion", "sampling_prepare", ("unet", "x")),
     Requirement("modules.sd_samplers_timesteps", "sampling_prepare", ("unet", "x")),
-    Requirement("backend.utils", "load_torch_file", ("ckpt", "safe_load")),
     Requirement("backend.utils", "get_state_dict_after_quant", ("model", "prefix")),
     Requirement("backend.diffusion_engine.base", "ForgeDiffusionEngine.save_unet", ("self", "filename")),
     Requirement(
@@ -53,6 +52,7 @@ REQUIREMENTS = (
     ),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
     Requirement("networks", "load_network", ("name", "network_on_disk")),
+    Requirement("network", "NetworkOnDisk.set_hash", ("self", "v")),
     Requirement("networks", "update_available_networks_by_names", ("names",)),
     Requirement("networks", "list_available_networks"),
     Requirement("networks", "available_networks"),

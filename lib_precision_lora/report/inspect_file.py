@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, AdapterFile, adapter_bytes, read_adapters
+from lib_precision_lora.containers import ContainerError, LoraContent, read_lora
 
 
 class UnreadableFileError(ValueError):
-    """A file that is no readable safetensors file; one sentence, with what to do."""
+    """A file that cannot be read as a LoRA; one sentence, with what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,10 @@ class Inspection:
         return {**asdict(self), "kinds": self.kinds, "ranks": self.ranks, "alphas": self.alphas}
 
 
-def inspect_file(path: Path) -> Inspection:
-    """Raises UnreadableFileError for a missing, truncated or other file than safetensors."""
-    tensors = read_lora_file(path)
+def inspect_file(path: Path, pickles: bool = True) -> Inspection:
+    """pickles: False where a file of `torch.save` is refused unread. Raises UnreadableFileError for a missing
+    or damaged file, and for one that holds more than weights."""
+    tensors = read_lora_file(path, pickles).tensors
     try:
         adapters = read_adapters(tensors)
         refusal = None
@@ -80,21 +81,21 @@ def inspect_file(path: Path) -> Inspection:
     )
 
 
-def read_lora_file(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. Raises UnreadableFileError."""
+def read_lora_file(path: Path, pickles: bool = True) -> LoraContent:
+    """What the file holds, on the CPU. Raises UnreadableFileError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "special file"
+            raise UnreadableFileError(f"{path}: it is a {kind}, and no file that can be read; check the path.")
+        return read_lora(path, pickles=pickles)
     except FileNotFoundError as error:
         raise UnreadableFileError(f"{path}: there is no such file; check the path.") from error
-    except SafetensorError as error:
-        raise UnreadableFileError(
-            f"{path}: the file of {path.stat().st_size} bytes is truncated or no safetensors file "
-            f"({error}); download it again."
-        ) from error
+    except ContainerError as error:
+        raise UnreadableFileError(f"{path}: {error}.") from error
     except OSError as error:
-        reason = "it is a folder" if path.is_dir() else error.strerror or str(error)
-        raise UnreadableFileError(f"{path}: the file cannot be read: {reason}; check the path.") from error
+        raise UnreadableFileError(
+            f"{path}: the file cannot be read: {error.strerror or error}; check the path."
+        ) from error
 
 
 def layers(adapters: AdapterFile, tensors: Mapping[str, Tensor]) -> Iterator[Layer]:

@@ -18,10 +18,12 @@ class NetworkOnDisk:
         self.shorthash: str | None = None
         os.stat(filename)
 
+    def set_hash(self, v: str) -> None:
+        self.hash, self.shorthash = v, v[:12]
+
     def read_hash(self) -> None:
         if not self.hash:
-            self.hash = hashlib.sha256(Path(self.filename).read_bytes()).hexdigest()
-            self.shorthash = self.hash[:12]
+            self.set_hash(hashlib.sha256(Path(self.filename).read_bytes()).hexdigest())
 
 
 class Network:
