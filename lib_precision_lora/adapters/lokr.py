@@ -23,6 +23,7 @@ from lib_precision_lora.adapters.additive import (
 from lib_precision_lora.adapters.lora import fold_tucker_core
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import Dense, Kronecker
+from lib_precision_lora.strict_product import multiply
 
 ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -71,7 +72,7 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     else:
         first, second = _pair(name, parts, "lokr_w1_a", "lokr_w1_b")
         rank = second.shape[0]
-        left = first.float() @ second.float()
+        left = multiply(first.float(), second.float())
     if "lokr_w2" in parts:
         right: tuple[Tensor, ...] = (parts["lokr_w2"],)
     else:

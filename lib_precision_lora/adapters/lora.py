@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lib_precision_lora.adapters.additive import add_term, read_alpha, require_s
 from lib_precision_lora.adapters.diff import Diff, make_diff
 from lib_precision_lora.adapters.steps import Running, Step
 from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.strict_product import strict
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +123,5 @@ def fold_tucker_core(
             f"{name}: {roles[0]} has shape {list(mid.shape)}, which does not meet "
             f"{roles[1]} {list(down.shape)}"
         )
-    return torch.einsum("mrk,ri->mik", mid.flatten(2).float(), inner.float()).reshape(
-        mid.shape[0], inner.shape[1], *mid.shape[2:]
-    )
+    folded = strict(partial(torch.einsum, "mrk,ri->mik"), mid.flatten(2).float(), inner.float())
+    return folded.reshape(mid.shape[0], inner.shape[1], *mid.shape[2:])

@@ -9,10 +9,13 @@ on vectors that lie along the last axis:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lib_precision_lora.strict_product import strict
 
 
 class Operator(Protocol):
@@ -101,9 +104,8 @@ class Blocks:
 
     def _turn(self, z: Tensor, equation: str) -> Tensor:
         ordered = z if self.order is None else z[..., self.order]
-        turned = torch.einsum(
-            equation, self.blocks.to(z), ordered.reshape(*z.shape[:-1], -1, self.blocks.shape[-1])
-        )
+        blocked = ordered.reshape(*z.shape[:-1], -1, self.blocks.shape[-1])
+        turned = strict(partial(torch.einsum, equation), self.blocks.to(z), blocked)
         flat = turned.flatten(-2)
         return flat if self.inverse is None else flat[..., self.inverse]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_precision_lora.strict_product import multiply
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
@@ -37,7 +39,7 @@ class LowRank:
 
     def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """These rows, all columns: [rows, columns]."""
-        return self.up[numbers].to(dtype) @ self.down.to(dtype)
+        return multiply(self.up[numbers].to(dtype), self.down.to(dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +71,7 @@ class Kronecker:
         left = self.left[numbers // self.height].to(dtype)
         right = self.right[0].flatten(1)[numbers % self.height].to(dtype)
         if len(self.right) == 2:
-            right = right @ self.right[1].flatten(1).to(dtype)
+            right = multiply(right, self.right[1].flatten(1).to(dtype))
         return (left[:, :, None] * right[:, None, :]).flatten(1)
 
 
@@ -92,8 +94,8 @@ class Hadamard:
 
     def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """These rows, all columns: [rows, columns]."""
-        first = self.a1[numbers].to(dtype) @ self.b1.to(dtype)
-        return first * (self.a2[numbers].to(dtype) @ self.b2.to(dtype))
+        first = multiply(self.a1[numbers].to(dtype), self.b1.to(dtype))
+        return first * multiply(self.a2[numbers].to(dtype), self.b2.to(dtype))
 
     def reordered(self, order: Tensor) -> Hadamard:
         return Hadamard(self.a1[order], self.b1, self.a2[order], self.b2)

@@ -22,7 +22,7 @@ import torch
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
-from lib_precision_lora.branch.product import Product, tensor_float_allowed
+from lib_precision_lora.branch.product import Product
 from lib_precision_lora.memory.chunks import (
     BLOCK_COPIES,
     FP32,
@@ -33,31 +33,37 @@ from lib_precision_lora.memory.chunks import (
     SPLIT_COPIES,
     chain_copies,
 )
+from lib_precision_lora.strict_product import takes_parts
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """How factors are multiplied on a device.
 
-    half: in fp16; copies: fp32 copies of an operand that a product makes, one or its parts; widens: fp16
-    factors are multiplied in fp32, as CPUs do.
+    half: in fp16; copies, conv_copies: fp32 copies of an operand that a product makes in a linear module and
+    in a convolution, one or its parts; widens: fp16 factors are multiplied in fp32, as CPUs do.
     """
 
     half: bool
     copies: float
+    conv_copies: float
     widens: bool
 
     @classmethod
     def of(cls, product: Product, device: torch.device) -> Arithmetic:
-        return cls(product.half, operand_copies(product, device), device.type == "cpu")
+        linear, conv = (operand_copies(product, device, convolution) for convolution in (False, True))
+        return cls(product.half, linear, conv, device.type == "cpu")
 
 
-def operand_copies(product: Product, device: torch.device) -> float:
-    """fp32 copies of an operand that a product makes on the device: one, or its parts."""
+def operand_copies(product: Product, device: torch.device, convolution: bool) -> float:
+    """fp32 copies of an operand that a product makes on the device: one, or its parts.
+
+    convolution: in the forward of one, which multiplies by matrices as well.
+    """
     if product.half:
         return HALF_COPIES
-    split = device.type == "cuda" and tensor_float_allowed(convolution=False)
-    return SPLIT_COPIES if split else SINGLE_COPIES
+    parts = takes_parts(device, False) or (convolution and takes_parts(device, True))
+    return SPLIT_COPIES if parts else SINGLE_COPIES
 
 
 def token_bytes(

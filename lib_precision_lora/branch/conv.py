@@ -168,6 +168,17 @@ def convolve(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tenso
 
     x: [B, in, …] of one group; weight: [n, in, *kernel]; returns [B, n, …].
     """
+    channels = max(1, WORKSPACE_BYTES // (8 * max(1, x[:, 0].numel())))
+    result: Tensor | None = None
+    for start in range(0, x.shape[1], channels):
+        part = slice(start, start + channels)
+        result = _add_block(result, _convolved_block(module, product, x[:, part], weight[:, part]))
+    assert result is not None
+    return result
+
+
+def _convolved_block(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tensor:
+    """What a block of input channels gives. Nothing else of it is alive when the next one is made."""
     padding: str | tuple[int, ...] = module.padding
     if module.padding_mode != "zeros":
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
@@ -177,15 +188,11 @@ def convolve(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tenso
         conv = _CONVOLVE[len(module.kernel_size)]
         return conv(x, w, None, module.stride, padding, module.dilation)
 
-    channels = max(1, WORKSPACE_BYTES // (8 * max(1, x[:, 0].numel())))
-    axes = tuple(range(1, x.ndim))
-    result: Tensor | None = None
-    for start in range(0, x.shape[1], channels):
-        part = slice(start, start + channels)
-        block = product(op, x[:, part], weight[:, part], axes)
-        result = block if result is None else result.add_(block)
-    assert result is not None
-    return result
+    return product(op, x, weight, tuple(range(1, x.ndim)))
+
+
+def _add_block(total: Tensor | None, block: Tensor) -> Tensor:
+    return block if total is None else total.add_(block)
 
 
 def _positions_are_flat(y: Tensor, spatial: int) -> bool:

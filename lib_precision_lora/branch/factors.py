@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_precision_lora.strict_product import multiply
+
 DOWN_SUM_BOUND = 2.0**15
 """What a sum over an input of size 1 may reach: half of fp16's largest number (65504)."""
 
@@ -37,7 +39,7 @@ class HalfFactors:
 
     def product(self) -> Tensor:
         """`up · diag(scale) · down` with fp32 sums, [out, columns]."""
-        return (self.up.float() * self.scale) @ self.down.float()
+        return multiply(self.up.float() * self.scale, self.down.float())
 
 
 def half_factors(up: Tensor, down: Tensor, stacked: int = 1) -> HalfFactors:

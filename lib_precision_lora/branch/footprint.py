@@ -132,7 +132,8 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
     if kind == "embedding":
         return embedding_footprint(weight)
     outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
-    stack, copies = _Stack(weight.steps, outputs, arithmetic), arithmetic.copies
+    stack = _Stack(weight.steps, outputs, arithmetic)
+    copies = arithmetic.conv_copies if kind == "conv" else arithmetic.copies
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]

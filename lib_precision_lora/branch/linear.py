@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import token_count
+from lib_precision_lora.strict_product import strict
 
 LARGEST_ENLARGED = 2.0**5
 
@@ -29,9 +31,12 @@ class LinearBranch(WeightBranch):
         bias: Tensor | None = getattr(module, "bias", None)
         y = y.contiguous()
         for x_chunk, y_chunk in token_chunks(x, y, token_count(operands.token_bytes)):
-            given = LinearInput(module, operands, x_chunk, self.wide_input)
-            add_rows(operands, given, y_chunk, bias, (0, y.shape[-1]))
+            self._add(module, operands, x_chunk, y_chunk, bias)
         return y
+
+    def _add(self, module: nn.Module, operands: Operands, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        """One chunk of tokens, in place; nothing of it is alive when the next begins."""
+        add_rows(operands, LinearInput(module, operands, x, self.wide_input), y, bias, (0, y.shape[-1]))
 
 
 class LinearInput:
@@ -67,7 +72,8 @@ class LinearInput:
 
 def mix_left(term: Kronecker, inner: Tensor) -> Tensor:
     """`Σ left[a, b] · inner[:, b, p]`: [tokens, a · p]; inner: [tokens, b, p] fp32."""
-    return torch.einsum("ab,tbp->tap", term.left.float(), inner).flatten(1)
+    mixed = strict(partial(torch.einsum, "ab,tbp->tap"), term.left.float(), inner)
+    return mixed.flatten(1)
 
 
 def turn(x: Tensor, turns: Sequence[Turn]) -> Tensor:

@@ -142,6 +142,7 @@ def write_merged(target: Tensor, original: Tensor, merge: Merge) -> None:
             rounded = block.to(target.dtype)
             finite &= rounded.isfinite().all()
             put_block(target, rows, columns, rounded.to(target.device))
+            del block, rounded  # or they would live while the next ones are made
     if not bool(finite):
         raise NotRepresentable(f"a merged value is not finite in {target.dtype}")
 

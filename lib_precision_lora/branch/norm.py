@@ -54,10 +54,7 @@ class NormBranch:
                 _add_groups(module, x[index], y[index], scale, shift)
             return y
         for x_chunk, y_chunk in token_chunks(x, y, max(1, WORKSPACE_BYTES // (16 * y.shape[-1]))):
-            delta: Tensor | float = 0.0
-            if scale is not None:
-                delta = normalized(module, x_chunk.float()) * scale
-            accumulate(y_chunk, delta if shift is None else delta + shift)
+            _add_tokens(module, x_chunk, y_chunk, scale, shift)
         return y
 
 
@@ -85,6 +82,14 @@ def is_norm(module: nn.Module) -> bool:
     return known or "RMSNorm" in name or name == "T5LayerNorm"
 
 
+def _add_tokens(module: nn.Module, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
+    """One chunk of tokens, in place; x, y: [tokens, width]."""
+    delta: Tensor | float = 0.0
+    if scale is not None:
+        delta = normalized(module, x.float()) * scale
+    accumulate(y, delta if shift is None else delta + shift)
+
+
 def _add_groups(
     module: nn.GroupNorm, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> None:
@@ -93,8 +98,15 @@ def _add_groups(
     for start in range(0, x.shape[0], width):
         channels = slice(start, start + width)
         shape = (width, *[1] * (x.ndim - 1))
-        delta: Tensor | float = 0.0
-        if scale is not None:
-            group = functional.group_norm(x[None, channels].float(), 1, None, None, module.eps)[0]
-            delta = group * scale[channels].view(shape)
-        accumulate(y[channels], delta if shift is None else delta + shift[channels].view(shape))
+        parts = [None if vector is None else vector[channels].view(shape) for vector in (scale, shift)]
+        _add_group(module, x[channels], y[channels], *parts)
+
+
+def _add_group(
+    module: nn.GroupNorm, x: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """One group of channels of one sample, in place."""
+    delta: Tensor | float = 0.0
+    if scale is not None:
+        delta = functional.group_norm(x[None].float(), 1, None, None, module.eps)[0] * scale
+    accumulate(y, delta if shift is None else delta + shift)

@@ -204,7 +204,7 @@ class WeightBranch:
             0 if down is None else down.shape[0],
             self.steps,
             [turn for piece in self.pieces for turn in piece.turns],
-            operand_copies(product, device),
+            operand_copies(product, device, self.convolution),
             self.convolution,
         )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)

@@ -67,7 +67,7 @@ class PatchInput:
 
     def _by_block(self, product: Callable[[Tensor], Tensor]) -> Tensor:
         """The product of all patches: [positions, n]; of blocks [≤ positions, in · kernel] fp32."""
-        return torch.cat([product(block.float()) for block in patch_blocks(self.module, self.sample)])
+        return torch.cat(list(map(product, patch_blocks(self.module, self.sample))))
 
 
 def patchwise(module: Conv) -> Any:
@@ -84,7 +84,7 @@ def patchwise(module: Conv) -> Any:
 
 
 def patch_blocks(module: Conv, x: Tensor) -> Iterator[Tensor]:
-    """What the kernel sees, position by position: blocks of [positions, in · kernel]; x: [in, …]."""
+    """What the kernel sees, position by position: blocks of [positions, in · kernel] fp32; x: [in, …]."""
     constant = module.padding_mode == "zeros"
     pads = module._reversed_padding_repeated_twice
     if constant and not isinstance(module.padding, str):
@@ -98,4 +98,4 @@ def patch_blocks(module: Conv, x: Tensor) -> Iterator[Tensor]:
     row_bytes = 16 * columns * math.prod(seen.shape[1 : len(module.kernel_size)])
     height = max(1, WORKSPACE_BYTES // row_bytes)
     for start in range(0, seen.shape[0], height):
-        yield seen[start : start + height].reshape(-1, columns)
+        yield seen[start : start + height].reshape(-1, columns).float()

@@ -18,6 +18,7 @@ from lib_precision_lora.branch.device_copies import copied
 from lib_precision_lora.branch.factors import half_factors
 from lib_precision_lora.branch.identity import TurnedRows
 from lib_precision_lora.storage import StoredWeight
+from lib_precision_lora.strict_product import multiply
 
 BLOCK_BYTES = 10 * 2**20
 """One block in the arithmetic's type; about five live at once, which keeps reading below 64 MiB."""
@@ -88,12 +89,11 @@ class Reader:
     def times(self, start: int, stop: int, matrix: Tensor) -> Tensor:
         """`W_eff[start:stop] · matrix`; matrix: [columns, n]."""
         if not self._mixing:
-            blocks = (self._rows(*block) for block in self._row_blocks(start, stop))
-            return torch.cat([block @ matrix.to(block) for block in blocks])
-        products = []
-        for columns in self._column_blocks():
-            block = self._some_columns(columns)[start:stop]
-            products.append(block @ matrix[columns].to(block))
+            return torch.cat([_times(self._rows(*rows), matrix) for rows in self._row_blocks(start, stop)])
+        products = [
+            _times(self._some_columns(columns)[start:stop], matrix[columns])
+            for columns in self._column_blocks()
+        ]
         return torch.stack(products).sum(0)
 
     def _row_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -112,15 +112,17 @@ class Reader:
 
     def _some_columns(self, columns: slice) -> Tensor:
         """All rows of W_eff, these columns."""
-        base = delta = torch.empty(0)
+        base = self._base(0, 0).new_empty(self.rows, columns.stop - columns.start)
+        delta = torch.empty_like(base)
         for low, high in self._row_blocks(0, self.rows):
-            block = self._base(low, high)
-            if low == 0:
-                base = block.new_empty(self.rows, columns.stop - columns.start)
-                delta = torch.empty_like(base)
-            base[low:high] = block[:, columns]
-            delta[low:high] = self._turned(low, high, block)[:, columns]
-        return base + self._steps(0, self.rows, base, delta, columns)
+            self._put_columns(low, high, columns, base[low:high], delta[low:high])
+        return base.add_(self._steps(0, self.rows, base, delta, columns))
+
+    def _put_columns(self, low: int, high: int, columns: slice, base: Tensor, delta: Tensor) -> None:
+        """`W0` and `W0 · R − W0` of rows [low, high), these columns, into base and delta."""
+        block = self._base(low, high)
+        base.copy_(block[:, columns])
+        delta.copy_(self._turned(low, high, block)[:, columns])
 
     def _base(self, low: int, high: int) -> Tensor:
         """W0: [high − low, columns]."""
@@ -162,10 +164,10 @@ class Reader:
             if rows is None:
                 continue
             if isinstance(step, Add):
+                here = self._where(step, delta.device)
                 for top, bottom in self._row_blocks(rows.start, rows.stop):
-                    here = self._where(step, delta.device)
-                    block = self._block(here, low + top - step.start, low + bottom - step.start)
-                    delta[top:bottom] += block[:, columns].to(delta.device)
+                    first, last = low + top - step.start, low + bottom - step.start
+                    delta[top:bottom] += self._block(here, first, last)[:, columns].to(delta.device)
                 continue
             assert base is not None
             operator = step.operator.to(delta.device)
@@ -205,6 +207,11 @@ class Reader:
             if isinstance(step, Add):
                 return step.term.tensors()[0].device
         return torch.device("cpu")
+
+
+def _times(block: Tensor, matrix: Tensor) -> Tensor:
+    """`block · matrix`, in the block's type."""
+    return multiply(block, matrix.to(block))
 
 
 def _squares(block: Tensor, axis: int) -> Tensor:

@@ -80,6 +80,7 @@ def _rounded(name: str, site: Site, effective: EffectiveWeight, stored: StoredWe
         high = low + len(block)
         error += float((encoded.weight.rows(low, high).to(block.device).double() - block).square().sum())
         change += float((stored.rows(low, high).to(block.device).double() - block).square().sum())
+        del block  # or it would live while the next one is made
     return Rounded(encoded.entries, Loss(name, encoded.weight.kind, error, change))
 
 
@@ -96,4 +97,5 @@ def materialized(effective: EffectiveWeight, stored: StoredWeight | None = None)
     values = torch.empty(stored.shape, dtype=torch.float64 if exact else torch.float32, device=device)
     for rows, columns, block in Reader(stored, effective.pieces, effective.steps, wide).blocks():
         put_block(values, rows, columns, block.to(values))
+        del block  # or it would live while the next one is made
     return values

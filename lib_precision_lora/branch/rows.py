@@ -57,12 +57,25 @@ def add_rows(
             if row_range.up is None and not row_range.others and operands.bias is None:
                 continue
             for start, stop in _blocks(row_range, y.shape[0], window):
-                delta = _additions(operands, row_range, start, stop, hidden, given)
-                if operands.bias is not None:
-                    delta += operands.bias[start:stop]
-                accumulate(y[:, start:stop], delta)
+                _add_block(operands, row_range, start, stop, hidden, given, y)
         return
     _add_turned(operands, given, hidden, y, bias, window)
+
+
+def _add_block(
+    operands: Operands,
+    row_range: RowRange,
+    start: int,
+    stop: int,
+    hidden: Tensor | None,
+    given: BranchInput,
+    y: Tensor,
+) -> None:
+    """Rows [start, stop) of a plain branch, in place; nothing of them is alive when the next are made."""
+    delta = _additions(operands, row_range, start, stop, hidden, given)
+    if operands.bias is not None:
+        delta += operands.bias[start:stop]
+    accumulate(y[:, start:stop], delta)
 
 
 def _add_turned(
@@ -135,9 +148,12 @@ def _additions(
         up = row_range.up[start - row_range.start : stop - row_range.start]
         delta = operands.product(linear, hidden[:, row_range.columns], up, (-1,))
     for step in row_range.others:
-        other = _other(step, start, stop, given)
-        delta = delta.add_(other) if isinstance(delta, Tensor) else other
+        delta = _sum(delta, _other(step, start, stop, given))
     return delta
+
+
+def _sum(delta: Tensor | float, other: Tensor) -> Tensor:
+    return delta.add_(other) if isinstance(delta, Tensor) else other
 
 
 def _other(step: Add, start: int, stop: int, given: BranchInput) -> Tensor:

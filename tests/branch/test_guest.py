@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.branch.product import tensor_float_allowed
+from lib_precision_lora.strict_product import tensor_float_allowed
 from tests.branch.hosts import IDS, IMAGE, Mixed
 from tests.branch.patch_sets import EVERYTHING, outputs
 

@@ -12,7 +12,8 @@ from torch.nn.functional import conv2d, linear
 from lib_precision_lora.branch import PatchSession, conv
 from lib_precision_lora.branch import linear as linear_module
 from lib_precision_lora.branch.factors import DOWN_SUM_BOUND, UP_SUM_BOUND, balanced_factors, half_factors
-from lib_precision_lora.branch.product import HalfProduct, SingleProduct, choose_product, split_product
+from lib_precision_lora.branch.product import HalfProduct, SingleProduct, choose_product
+from lib_precision_lora.strict_product import split_product
 from tests.branch.hosts import Holder
 from tests.branch.recipes import generator, noise, recipe
 

@@ -196,7 +196,8 @@ def test_any_4_bit_shape_and_block_size_is_as_near_as_bitsandbytes(
     decoded = result.weight.dense()
     assert decoded.isfinite().all()
     expected = four_bit_values(*bnb.quantize_4bit(values, **options))
-    assert float((decoded - values).norm()) <= float((expected - values).norm()) * (1 + 1e-5) + 1e-7
+    tie = 2e-3 if nested else 1e-5  # a statistic in the middle of two codes may become either
+    assert float((decoded - values).norm()) <= float((expected - values).norm()) * (1 + tie) + 1e-7
 
 
 @FORMATS
