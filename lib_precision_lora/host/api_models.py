@@ -13,8 +13,12 @@ class Problem(BaseModel):
 
 class File(BaseModel):
     name: str = Field(description="As in the prompt")
-    strength: float = Field(description="In the diffusion model")
-    text_strength: float = Field(description="In the text encoders")
+    strength: float = Field(description="Asked for in the diffusion model, summed where it is there twice")
+    text_strength: float = Field(description="Asked for in the text encoders, summed")
+    unet_strengths: list[float] = Field(
+        [], description="Those that layers of the diffusion model have, where another extension changed them"
+    )
+    text_strengths: list[float] = Field([], description="Those that layers of the text encoders have, so")
     kinds: str = Field(description="Kinds with their ranks, and how many layers have them")
     ranks: list[int]
     alphas: list[float] = Field(description="As the file gives them")

@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.host.attempts import Attempts
 from lib_precision_lora.host.budgeting import Budgeting
-from lib_precision_lora.host.division import source_of
+from lib_precision_lora.host.division import source_of, strengths_of
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
 from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, StillMerged
@@ -60,7 +61,7 @@ class ForgeBinding:
         from backend.patcher import base, lora
         from modules import processing, sd_models, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 
-        self._shared = shared
+        self._shared, self._sd_models = shared, sd_models
         self._memory_management = memory_management
         self._host_refresh = lora.LoraLoader.refresh
         self._incomplete = 0  # conditioning that was computed before a text encoder lacked something
@@ -69,6 +70,7 @@ class ForgeBinding:
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
         self.record = Record()
+        self._attempts = Attempts(self._tell)
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         budgeting = Budgeting(memory_management, self._sessions, self._session, self.settings)
         self._planning = Planning(
@@ -202,18 +204,37 @@ class ForgeBinding:
                 session.clear()
                 reason = f"attaching failed ({type(error).__name__}: {error})"
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
-            record = self.record.present
-            record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
+            self._followed(model, lora_patches, problems, time.perf_counter() - started)
             if (left_out or problems) and not hasattr(model, "diffusion_model"):
                 self._incomplete += 1
-            for problem in problems:
-                if isinstance(problem, StillMerged):
-                    self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
-                else:
-                    failed = not isinstance(problem, AttachInterrupted)
-                    self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
+            self._attempts.made(model, problems)
 
         return refresh
+
+    def _followed(
+        self, model: nn.Module, patches: Any, problems: Sequence[PatchError], seconds: float
+    ) -> None:
+        """Into the report: what stands on one of the checkpoint's models now."""
+        engine = self._sd_models.model_data.get_sd_model()
+        if all(patcher.model is not model for patcher in patchers_of(engine)):
+            return
+        left_out = {problem.source for problem in problems if not isinstance(problem, StillMerged)}
+        self.record.present.followed(
+            type(model).__name__,
+            not hasattr(model, "diffusion_model"),
+            seconds,
+            self._session(model).host_layers,
+            strengths_of(patches, left_out),
+        )
+
+    def _tell(self, problems: Sequence[PatchError]) -> None:
+        """What was left out of a model that is loaded."""
+        for problem in problems:
+            if isinstance(problem, StillMerged):
+                self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
+            else:
+                failed = not isinstance(problem, AttachInterrupted)
+                self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
 
     def _left_out(self, source: str | None, message: str, failed: bool = True) -> None:
         """Tell page, log and report; source: the file as the host's patchers know it, None: all; failed:
@@ -238,12 +259,13 @@ class ForgeBinding:
             )
             kept += self.memory.prepare(planned, models, required, kept)
             self._stop_if_set()
-            host_load(models, required, self.memory.beside_the_least(kept, device))
-            for patcher in models:
-                if self._follows(patcher):
-                    patcher.refresh_loras()
-            for patcher in planned:
-                self.memory.place(patcher)
+            with self._attempts.loading():
+                host_load(models, required, self.memory.beside_the_least(kept, device))
+                for patcher in models:
+                    if self._follows(patcher):
+                        patcher.refresh_loras()
+                for patcher in planned:
+                    self.memory.place(patcher)
             self._stop_if_set()
 
         return load_models_gpu

@@ -180,3 +180,13 @@ def log_report(report: GenerationReport) -> None:
         step,
         memory,
     )
+    for file in report.applied:
+        for strengths, where in ((file.unet_strengths, "model"), (file.text_strengths, "text encoder")):
+            if strengths:
+                logger.info(
+                    "LoRA %s: layers of the %s have strengths of %g to %g, as another extension has set them",
+                    file.name,
+                    where,
+                    strengths[0],
+                    strengths[-1],
+                )

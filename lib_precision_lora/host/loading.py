@@ -86,8 +86,9 @@ class NetworkLoader:
                 self._record.present.add(FileReport(name, unet, te, problem=sentence))
                 versions.append(None)
                 continue
-            source = kept.add(network.network_on_disk.filename, match, unet, te)
-            self._record.present.add(report_file(name, match, unet, te), source)
+            path = network.network_on_disk.filename
+            source = kept.add(path, match, unet, te)
+            self._record.present.add(report_file(name, match, unet, te), source, path)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)

@@ -10,11 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """One LoRA of the prompt.
+    """One LoRA of the prompt, however often it is in there.
 
-    kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
-    matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
-    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None.
+    strength and text_strength: asked for in the diffusion model and in the text encoders, each the sum of all
+    entries; kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them;
+    unet_layers and text_layers: how many of each are changed; host_layers: those among them that went the
+    WebUI's own way; unet_strengths and text_strengths: those that the layers have, ascending, where these are
+    not what was asked for (another extension has changed them), else none; unmatched: keys without a layer;
+    problem: why it was left out whole, or None.
     """
 
     name: str
@@ -26,6 +29,8 @@ class FileReport:
     unet_layers: int = 0
     text_layers: int = 0
     host_layers: int = 0
+    unet_strengths: tuple[float, ...] = ()
+    text_strengths: tuple[float, ...] = ()
     unmatched: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -76,8 +81,10 @@ class GenerationReport:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "files": [
-                {**dataclasses.asdict(file), "ranks": list(file.ranks), "alphas": list(file.alphas)}
-                | {"unmatched": list(file.unmatched)}
+                {
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in dataclasses.asdict(file).items()
+                }
                 for file in self.files
             ],
             "stored": dict(self.stored),

@@ -59,7 +59,7 @@ def write_parameters(p: Any) -> None:
     from lib_precision_lora.host import override
 
     asked, mode = override.in_effect(p), infotext.DEFAULT_MODE
-    if any(file.problem is None for file in active.record.present.files):
+    if any(file.problem is None for file in active.record.present.reports()):
         present = active.record.present
         if asked.patcher != OURS:
             mode = asked.patcher

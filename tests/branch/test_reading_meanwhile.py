@@ -1,4 +1,4 @@
-"""What a session says is asked by other threads than the one that attaches: a page, or a client of the API."""
+"""What a session says is asked by other threads than the one that attaches: a page, a client of the API."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from tests.host.damage import DAMAGE, cats_and_dogs
 from tests.host.generation import generate
 from tests.host.loras import make_lora, values
 from tests.host.observers import branches, log_lines
+from tests.host.reports import report_of
 from tests.host.webui import Host
 
 LAYERS = 4
@@ -41,15 +42,6 @@ def tasks(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
     from modules import progress
 
     return lambda name: monkeypatch.setattr(progress, "current_task", name)
-
-
-def report_of(host: Host, prompt: str, **options: Any) -> GenerationReport:
-    generations, p = Generations(), SimpleNamespace()
-    generations.begin(p)
-    generate(host, prompt, **options)
-    report = generations.end(p, "Automatic")
-    assert report is not None
-    return report
 
 
 def test_each_file_is_told_with_what_it_does(host: Host, checkpoint: Checkpoint) -> None:
