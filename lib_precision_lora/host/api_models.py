@@ -42,7 +42,11 @@ class Generation(BaseModel):
     extra_bytes: int | None = Field(
         None, description="The device's largest use beyond the same generation without LoRAs, as planned"
     )
-    peak_bytes: int | None = Field(None, description="The card's largest use, all included; on CUDA alone")
+    peak_bytes: int | None = Field(
+        None,
+        description="The card's largest use in this generation, all included; on CUDA alone, and null where "
+        "an earlier one of the same task on the page took as much",
+    )
     attach_seconds: float
     step_seconds: float | None = Field(
         None,
@@ -51,7 +55,7 @@ class Generation(BaseModel):
     )
     overhead_seconds: float | None = Field(None, description="Of step_seconds, what LoRAs take")
     problems: list[str]
-    finished: bool
+    finished: bool = Field(description="False where the user or an error ended it before its end")
 
 
 class Status(BaseModel):

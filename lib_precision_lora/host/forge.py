@@ -43,6 +43,7 @@ from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
 from lib_precision_lora.host.saving import Saving
 from lib_precision_lora.host.settings import Settings, read_settings
+from lib_precision_lora.memory.meter import PeakMeter
 from lib_precision_lora.ui.choices import OURS
 
 logger = logging.getLogger("lib_precision_lora")
@@ -102,7 +103,9 @@ class ForgeBinding:
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
             *saving.replacements(utils, ForgeDiffusionEngine),
         ]
-        self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
+        self.overrides = GenerationOverrides(
+            lambda: read_settings(shared.opts), self.progress, generation_is_over
+        )
 
     def settings(self) -> Settings:
         """The user's, with what the generation that runs overrides."""
@@ -119,6 +122,15 @@ class ForgeBinding:
 
         engine = sd_models.model_data.get_sd_model()
         return self.memory.report([patcher.model for patcher in patchers_of(engine)])
+
+    def peak_meter(self) -> PeakMeter:
+        """Measures the card's largest use from here on. Its statistics are reset, unless the host measures by
+        itself at this moment (as for the page), or a generation that surrounds this one is measured."""
+        monitor = getattr(self._shared, "mem_mon", None)
+        measured = monitor is not None and monitor.run_flag is not None and monitor.run_flag.is_set()
+        return PeakMeter(
+            self._memory_management.get_torch_device(), reset=not (measured or self.overrides.running)
+        )
 
     def plan_for(self, loras: Sequence[tuple[str, float]], positions: int | None) -> Prospect:
         """What the memory plan of these LoRAs on the checkpoint that is loaded would be (`prospect.foresee`).
@@ -358,6 +370,13 @@ class ForgeBinding:
             return (*host_params(processing, *args, **kwargs), ours, overridden)
 
         return cached_params
+
+
+def generation_is_over(p: Any) -> None:
+    """Whatever ended it."""
+    from lib_precision_lora.host.generations import GENERATIONS
+
+    GENERATIONS.abandon(p)
 
 
 def patchers_of(engine: Any) -> list[Any]:

@@ -41,14 +41,14 @@ class GenerationReport:
 
     patcher: who applied them; compute: the mode in effect; text_encoders: False where the setting leaves
     these alone; low_bits: the name under "Diffusion in Low Bits" in effect, None where it is not known;
-    stored: how the diffusion model's weights lie in memory, kind →
-    number; planned_bytes and measured_bytes: LoRA factors on the device, None where nothing was planned;
-    streamed_bytes: those that wait in RAM; extra_bytes: the device's largest use beyond the same generation
-    without LoRAs, predicted; peak_bytes: its largest use, all included, None without a CUDA device;
-    attach_seconds: time spent on following the prompt's LoRAs; step_seconds: one forward of the diffusion
-    model, the second of the last pass (the first, where there was one); overhead_seconds: of it the branches;
-    both None where nothing was measured; problems: sentences; finished: False where the generation was
-    interrupted, by the user or by an error.
+    stored: how the diffusion model's weights lie in memory, kind → number; planned_bytes and measured_bytes:
+    LoRA factors on the device, None where nothing was planned; streamed_bytes: those that wait in RAM;
+    extra_bytes: the device's largest use beyond the same generation without LoRAs, predicted; peak_bytes: its
+    largest use since the generation began, all included, None without a CUDA device, and where one before it
+    has hidden it; attach_seconds: time spent on following the prompt's LoRAs; step_seconds: one forward of
+    the diffusion model, the second of the last pass (the first, where there was one); overhead_seconds: of it
+    the branches; both None where nothing was measured; problems: sentences; finished: False where the
+    generation was ended before its time, by the user or by an error.
     """
 
     files: tuple[FileReport, ...] = ()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import overhead
-from lib_precision_lora.host import binding, memory, script
+from lib_precision_lora.host import binding, script
 from lib_precision_lora.host.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.host.report import FileReport, GenerationReport
@@ -382,16 +382,3 @@ def test_a_detailed_log_names_every_key_without_a_layer(host: Host, checkpoint: 
         (line,) = [line for line in lines if "cats" in line]
         assert "20 keys belong to no layer" in line
         assert sum(key in line for key in keys) == named
-
-
-def test_the_cards_own_peak_is_told_where_it_keeps_one(
-    host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_lora("cats").write(host)
-    assert report_of(host, "<lora:cats:1>").peak_bytes is None
-    monkeypatch.setattr(memory, "peak_allocated", lambda device: 3 * 2**20)
-    report = report_of(host, "<lora:cats:1>")
-    with log_lines(logging.INFO) as lines:
-        log_report(report)
-    assert report.peak_bytes == 3 * 2**20
-    assert "3.0 MiB at most in use on the card" in lines[0]
