@@ -79,9 +79,10 @@ class Pass:
 
     @property
     def applied_by_us(self) -> bool:
-        """Whether anything of the prompt's LoRAs was."""
+        """Whether any layer is changed by us: by the prompt's LoRAs, or by another extension's patches."""
         applied = (file for file in self.reports() if file.problem is None)
-        return self.patcher == OURS and any(file.unet_layers or file.text_layers for file in applied)
+        prompted = any(file.unet_layers + file.text_layers > file.host_layers for file in applied)
+        return self.patcher == OURS and (prompted or any(model.ours for model in self.models.values()))
 
 
 class Record:

@@ -36,6 +36,14 @@ class Followed:
     host_layers: Mapping[str, int]
     strengths: Mapping[str, Mapping[Place, float]]
 
+    @property
+    def ours(self) -> bool:
+        """Whether anything runs beside the model."""
+        return any(
+            sum(map(bool, places.values())) > self.host_layers.get(source, 0)
+            for source, places in self.strengths.items()
+        )
+
 
 def sums(entries: Sequence[PromptEntry], models: Sequence[Followed], by_host: bool) -> Iterable[FileReport]:
     """A report for each file, in the prompt's order; what is left out of one is by itself.
