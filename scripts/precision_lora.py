@@ -35,12 +35,16 @@ class PrecisionLoRA(scripts.Script):
     def before_process(self, p, *args):
         steps.request_override(p, args)
 
+    def before_process_batch(self, p, *args, **kwargs):
+        steps.begin_batch(p)
+
     def process_before_every_sampling(self, p, *args, **kwargs):
         steps.show_notices(p)
         steps.write_parameters(p)
 
     def post_sample(self, p, *args):
         steps.show_notices(p)
+        steps.write_parameters(p)
 
     def postprocess(self, p, processed, *args):
         steps.show_late_notices(p, processed)

@@ -41,8 +41,9 @@ class NormBranch:
 
     def placed(self) -> Iterator[Tensor]:
         for vector in (self.weight, self.bias):
-            if vector is not None and vector.placed is not None:
-                yield vector.placed
+            placed = None if vector is None else vector.placed
+            if placed is not None:
+                yield placed
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + x̂ · dW + db`, in y's memory where it is contiguous."""

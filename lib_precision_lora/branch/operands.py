@@ -155,9 +155,13 @@ class WeightBranch:
         return factor_bytes(self.steps)
 
     def placed(self) -> Iterator[Tensor]:
-        """Every tensor that was made for a device, or for the way there."""
-        if self._stack is not None:
-            yield from self._stack.tensors()
+        """Every tensor that was made for a device, or for the way there.
+
+        Another thread may release them meanwhile.
+        """
+        stack = self._stack
+        if stack is not None:
+            yield from stack.tensors()
         found: list[Tensor] = []
         map_tensors(self._operands, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         yield from found

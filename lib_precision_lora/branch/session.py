@@ -207,8 +207,7 @@ class PatchSession:
     @property
     def streamed(self) -> tuple[str, ...]:
         """The modules whose factors stay in RAM."""
-        pieces = ((name, attached.piece) for name, attached in self._attached.items())
-        return tuple(n for n, piece in pieces if isinstance(piece, WeightBranch) and piece.stream is not None)
+        return tuple(name for name, piece in self._pieces() if _is_streamed(piece))
 
     @property
     def placed_sizes(self) -> tuple[int, ...]:
@@ -223,13 +222,17 @@ class PatchSession:
 
     def _sizes(self, streamed: bool) -> tuple[int, ...]:
         sizes: dict[int, int] = {}
-        for attached in self._attached.values():
-            piece = attached.piece
-            if (isinstance(piece, WeightBranch) and piece.stream is not None) != streamed:
+        for _, piece in self._pieces():
+            if _is_streamed(piece) != streamed:
                 continue
             for tensor in piece.placed():
                 sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tuple(sizes.values())
+
+    def _pieces(self) -> list[tuple[str, Piece]]:
+        """What stands where at this moment, for readers: they may be in another thread than the one that
+        attaches."""
+        return [(name, here.piece) for name, here in list(self._attached.items())]
 
     @property
     def placed_bytes(self) -> int:
@@ -238,7 +241,7 @@ class PatchSession:
     @property
     def merged(self) -> tuple[str, ...]:
         """The modules that are merged, as opposed to run beside."""
-        return tuple(name for name, here in self._attached.items() if isinstance(here.piece, Merged))
+        return tuple(name for name, piece in self._pieces() if isinstance(piece, Merged))
 
     @property
     def attached(self) -> tuple[str, ...]:
@@ -309,3 +312,7 @@ class PatchSession:
         undo.append(put_back)
         gone.detach()
         del self._attached[name]
+
+
+def _is_streamed(piece: Piece) -> bool:
+    return isinstance(piece, WeightBranch) and piece.stream is not None

@@ -13,8 +13,12 @@ class Problem(BaseModel):
 
 class File(BaseModel):
     name: str = Field(description="As in the prompt")
-    strength: float = Field(description="In the diffusion model")
-    text_strength: float = Field(description="In the text encoders")
+    strength: float = Field(description="Asked for in the diffusion model, summed where it is there twice")
+    text_strength: float = Field(description="Asked for in the text encoders, summed")
+    unet_strengths: list[float] = Field(
+        [], description="Those that layers of the diffusion model have, where another extension changed them"
+    )
+    text_strengths: list[float] = Field([], description="Those that layers of the text encoders have, so")
     kinds: str = Field(description="Kinds with their ranks, and how many layers have them")
     ranks: list[int]
     alphas: list[float] = Field(description="As the file gives them")
@@ -39,7 +43,11 @@ class Generation(BaseModel):
     extra_bytes: int | None = Field(
         None, description="The device's largest use beyond the same generation without LoRAs, as planned"
     )
-    peak_bytes: int | None = Field(None, description="The card's largest use, all included; on CUDA alone")
+    peak_bytes: int | None = Field(
+        None,
+        description="The card's largest use in this generation, all included; on CUDA alone, and null where "
+        "an earlier one of the same task on the page took as much",
+    )
     attach_seconds: float
     step_seconds: float | None = Field(
         None,
@@ -48,7 +56,7 @@ class Generation(BaseModel):
     )
     overhead_seconds: float | None = Field(None, description="Of step_seconds, what LoRAs take")
     problems: list[str]
-    finished: bool
+    finished: bool = Field(description="False where the user or an error ended it before its end")
 
 
 class Status(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,9 @@ logger = logging.getLogger("lib_precision_lora")
 
 HostPatches = Mapping[Any, Mapping[str, Sequence[Sequence[Any]]]]
 """The host's `lora_patches`: identifier → parameter → [strength, value, base factor, offset, function]."""
+
+Place = tuple[str, str]
+"""A parameter, and which part of it: of a fused one, a file may patch each part by itself."""
 
 
 class Division:
@@ -141,6 +144,22 @@ def unreadable(theirs: HostPatches) -> list[PatchError]:
 def source_of(identifier: Any) -> str:
     """The file that one of the host's patch identifiers stands for."""
     return str(identifier[0]) if isinstance(identifier, tuple) and identifier else str(identifier)
+
+
+def strengths_of(
+    host_patches: HostPatches, left_out: Collection[str | None] = ()
+) -> dict[str, dict[Place, float]]:
+    """Source → the strength of each of its patches, but for the sources that are left out (None: all)."""
+    found: dict[str, dict[Place, float]] = {}
+    for identifier, patches in host_patches.items():
+        source = source_of(identifier)
+        if source in left_out or None in left_out:
+            continue
+        here = found.setdefault(source, {})
+        for name, stack in patches.items():
+            for strength, _, _, offset, _ in stack:
+                here[name, str(offset)] = here.get((name, str(offset)), 0.0) + float(strength)
+    return found
 
 
 def flat(host_patches: HostPatches) -> tuple[object, ...]:

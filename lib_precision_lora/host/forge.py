@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.host.attempts import Attempts
 from lib_precision_lora.host.budgeting import Budgeting
-from lib_precision_lora.host.division import source_of
+from lib_precision_lora.host.division import source_of, strengths_of
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
 from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, StillMerged
@@ -42,6 +43,7 @@ from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
 from lib_precision_lora.host.saving import Saving
 from lib_precision_lora.host.settings import Settings, read_settings
+from lib_precision_lora.memory.meter import PeakMeter
 from lib_precision_lora.ui.choices import OURS
 
 logger = logging.getLogger("lib_precision_lora")
@@ -60,7 +62,7 @@ class ForgeBinding:
         from backend.patcher import base, lora
         from modules import processing, sd_models, sd_samplers_kdiffusion, sd_samplers_timesteps, shared
 
-        self._shared = shared
+        self._shared, self._sd_models = shared, sd_models
         self._memory_management = memory_management
         self._host_refresh = lora.LoraLoader.refresh
         self._incomplete = 0  # conditioning that was computed before a text encoder lacked something
@@ -69,6 +71,7 @@ class ForgeBinding:
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
         self.record = Record()
+        self._attempts = Attempts(self._tell)
         self._sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         budgeting = Budgeting(memory_management, self._sessions, self._session, self.settings)
         self._planning = Planning(
@@ -96,7 +99,9 @@ class ForgeBinding:
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
             *saving.replacements(utils, ForgeDiffusionEngine),
         ]
-        self.overrides = GenerationOverrides(lambda: read_settings(shared.opts), self.progress)
+        self.overrides = GenerationOverrides(
+            lambda: read_settings(shared.opts), self.progress, generation_is_over
+        )
 
     def settings(self) -> Settings:
         """The user's, with what the generation that runs overrides."""
@@ -113,6 +118,15 @@ class ForgeBinding:
 
         engine = sd_models.model_data.get_sd_model()
         return self.memory.report([patcher.model for patcher in patchers_of(engine)])
+
+    def peak_meter(self) -> PeakMeter:
+        """Measures the card's largest use from here on. Its statistics are reset, unless the host measures by
+        itself at this moment (as for the page), or a generation that surrounds this one is measured."""
+        monitor = getattr(self._shared, "mem_mon", None)
+        measured = monitor is not None and monitor.run_flag is not None and monitor.run_flag.is_set()
+        return PeakMeter(
+            self._memory_management.get_torch_device(), reset=not (measured or self.overrides.running)
+        )
 
     def plan_for(self, loras: Sequence[tuple[str, float]], positions: int | None) -> Prospect:
         """What the memory plan of these LoRAs on the checkpoint that is loaded would be (`prospect.foresee`).
@@ -198,18 +212,37 @@ class ForgeBinding:
                 session.clear()
                 reason = f"attaching failed ({type(error).__name__}: {error})"
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
-            record = self.record.present
-            record.followed(type(model).__name__, time.perf_counter() - started, session.host_layers)
+            self._followed(model, lora_patches, problems, time.perf_counter() - started)
             if (left_out or problems) and not hasattr(model, "diffusion_model"):
                 self._incomplete += 1
-            for problem in problems:
-                if isinstance(problem, StillMerged):
-                    self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
-                else:
-                    failed = not isinstance(problem, AttachInterrupted)
-                    self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
+            self._attempts.made(model, problems)
 
         return refresh
+
+    def _followed(
+        self, model: nn.Module, patches: Any, problems: Sequence[PatchError], seconds: float
+    ) -> None:
+        """Into the report: what stands on one of the checkpoint's models now."""
+        engine = self._sd_models.model_data.get_sd_model()
+        if all(patcher.model is not model for patcher in patchers_of(engine)):
+            return
+        left_out = {problem.source for problem in problems if not isinstance(problem, StillMerged)}
+        self.record.present.followed(
+            type(model).__name__,
+            not hasattr(model, "diffusion_model"),
+            seconds,
+            self._session(model).host_layers,
+            strengths_of(patches, left_out),
+        )
+
+    def _tell(self, problems: Sequence[PatchError]) -> None:
+        """What was left out of a model that is loaded."""
+        for problem in problems:
+            if isinstance(problem, StillMerged):
+                self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
+            else:
+                failed = not isinstance(problem, AttachInterrupted)
+                self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
 
     def _left_out(self, source: str | None, message: str, failed: bool = True) -> None:
         """Tell page, log and report; source: the file as the host's patchers know it, None: all; failed:
@@ -234,12 +267,13 @@ class ForgeBinding:
             )
             kept += self.memory.prepare(planned, models, required, kept)
             self._stop_if_set()
-            host_load(models, required, self.memory.beside_the_least(kept, device))
-            for patcher in models:
-                if self._follows(patcher):
-                    patcher.refresh_loras()
-            for patcher in planned:
-                self.memory.place(patcher)
+            with self._attempts.loading():
+                host_load(models, required, self.memory.beside_the_least(kept, device))
+                for patcher in models:
+                    if self._follows(patcher):
+                        patcher.refresh_loras()
+                for patcher in planned:
+                    self.memory.place(patcher)
             self._stop_if_set()
 
         return load_models_gpu
@@ -332,6 +366,13 @@ class ForgeBinding:
             return (*host_params(processing, *args, **kwargs), ours, overridden)
 
         return cached_params
+
+
+def generation_is_over(p: Any) -> None:
+    """Whatever ended it."""
+    from lib_precision_lora.host.generations import GENERATIONS
+
+    GENERATIONS.abandon(p)
 
 
 def patchers_of(engine: Any) -> list[Any]:

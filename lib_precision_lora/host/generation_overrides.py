@@ -10,6 +10,7 @@ checkpoint in `override_settings`, the page) rewrites the user's own, and the ne
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,13 +58,21 @@ class GenerationOverrides:
     set_config                     a storage type in `override_settings` is an override, and no option
     """
 
-    def __init__(self, settings: Callable[[], Settings], progress: Progress) -> None:
-        """settings: the user's own; progress: where loading a checkpoint is shown."""
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        progress: Progress,
+        over: Callable[[Any], None] = lambda p: None,
+    ) -> None:
+        """settings: the user's own; progress: where loading a checkpoint is shown; over: told of each
+        generation that is over, whatever ended it."""
         from backend import args
         from modules import processing, sd_models, shared
         from modules_forge import main_entry
 
-        self._settings, self._progress = settings, progress
+        self._settings, self._progress, self._over = settings, progress, over
+        self._lock = threading.Lock()
+        self._when_idle: Callable[[], None] | None = None
         self._sd_models, self._shared, self._main_entry = sd_models, shared, main_entry
         self._dynamic_args = args.dynamic_args
         self._running: list[tuple[Any, Generation]] = []
@@ -80,13 +89,29 @@ class GenerationOverrides:
         for replacement in reversed(self._replacements):
             replacement.undo()
 
+    @property
+    def running(self) -> bool:
+        """Whether a generation is being made."""
+        return bool(self._running)
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Now, if no generation is being made; else when the one that is being made is over."""
+        with self._lock:
+            if self._running:
+                self._when_idle = call
+                return
+        call()
+
     def current(self) -> Override:
         """What is in effect at this moment."""
         return self._running[-1][1].in_effect if self._running else Override()
 
     def overlaid(self, settings: Settings) -> Settings:
-        """The user's settings as they are in the generation that runs."""
+        """The user's settings as they are in the generation that runs: what is changed meanwhile takes effect
+        at the next one."""
         override = self.current()
+        if self._running:
+            settings = self._running[-1][1].settings
         if override.compute != AS_SET:
             arithmetic = replace(settings.arithmetic, compute=COMPUTE_MODES[override.compute])
             settings = replace(settings, arithmetic=arithmetic)
@@ -124,6 +149,7 @@ class GenerationOverrides:
                     host_manage(p)
             except BaseException:
                 generations.forget(p)
+                self._told(p)
                 raise
 
         return manage_model_and_prompt_cache
@@ -134,13 +160,22 @@ class GenerationOverrides:
             generation = present or self._begin(p)
             try:
                 with self._inside(p, generation):
-                    if present is None:
-                        self._load_where_the_host_does_not(p)
-                    return host_process(p)
+                    try:
+                        if present is None:
+                            self._load_where_the_host_does_not(p)
+                        return host_process(p)
+                    finally:
+                        self._told(p)
             finally:
                 generations.forget(p)
 
         return process_images_inner
+
+    def _told(self, p: Any) -> None:
+        try:
+            self._over(p)
+        except Exception:  # the image is more than its report
+            logger.exception("the report of a generation failed; please report it with the console's log")
 
     def _make_set_config(self, host_set: Callable[..., None]) -> Callable[..., None]:
         def set_config(req: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -200,7 +235,7 @@ class GenerationOverrides:
             if wanted.low_bits != AS_SET and not p.override_settings_restore_afterwards:
                 self._set_for_good(wanted.low_bits)
         outer = self._running[-1][1].wanted if self._running else Override()
-        generation = Generation(wanted.within(outer))
+        generation = Generation(wanted.within(outer), self._settings())
         generations.set(p, generation)
         return generation
 
@@ -212,7 +247,8 @@ class GenerationOverrides:
 
     @contextmanager
     def _inside(self, p: Any, generation: Generation) -> Iterator[None]:
-        self._running.append((p, generation))
+        with self._lock:
+            self._running.append((p, generation))
         try:
             if not self._explained and self._online() and self.overlaid(self._settings()).enabled:
                 self._explained = True
@@ -220,7 +256,16 @@ class GenerationOverrides:
                 p.comment(FP16_LORA)
             yield
         finally:
-            self._running.pop()
+            with self._lock:
+                self._running.pop()
+                idle = None
+                if not self._running:
+                    idle, self._when_idle = self._when_idle, None
+            if idle is not None:
+                try:
+                    idle()
+                except Exception:  # the image is made
+                    logger.exception("what waited for the end of a generation failed")
 
     def _load_where_the_host_does_not(self, p: Any) -> None:
         """The upscale button of the gallery loads no checkpoint where hires fix names one, be it the same."""

@@ -15,6 +15,7 @@ from lib_precision_lora.branch.overhead import StepTime
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.record import Pass
 from lib_precision_lora.host.report import GenerationReport
+from lib_precision_lora.memory.meter import PeakMeter
 from lib_precision_lora.report.quantities import duration, mebibytes, part_of
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ui.applied import applied_html
@@ -28,9 +29,11 @@ COMPUTE_NAMES = {"auto": "Automatic"}
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A generation that has not come to its end. number: of the binding's last pass before it."""
+    """A generation that has not come to its end. number: of the binding's last pass before it; peak: measures
+    the card's largest use since it began."""
 
     number: int
+    peak: PeakMeter
 
 
 class Generations:
@@ -45,11 +48,11 @@ class Generations:
         active = binding.active()
         if active is None:
             return
-        p.precision_lora_started = started = Started(active.record.present.number)
+        p.precision_lora_started = started = Started(active.record.present.number, active.peak_meter())
         task = current_task()
         for other, entry in self._tasks.items():
             if isinstance(entry, Started) and other != task:
-                self._tasks[other] = unfinished(active, entry)
+                self._tasks[other] = self.last = unfinished(active, entry)
         if not isinstance(self._tasks.get(task), Started):
             self._keep(task, started)
 
@@ -60,11 +63,16 @@ class Generations:
         if active is None or started is None:
             return None
         if finished:
-            self.last = make_report(active, active.record.since(started.number), low_bits)
+            self.last = make_report(active, started, active.record.since(started.number), low_bits)
         else:
             self.last = dataclasses.replace(unfinished(active, started), low_bits=low_bits)
         self._keep(current_task(), self.last)
+        p.precision_lora_started = None
         return self.last
+
+    def abandon(self, p: Any) -> None:
+        """A generation is over, whatever ended it: one that has not come to its `end` has failed."""
+        self.end(p, finished=False)
 
     def html(self, task: str) -> str:
         """For the page that had this task done; nothing where it is not known (any more)."""
@@ -94,16 +102,19 @@ def current_task() -> str:
 def unfinished(active: Any, started: Started) -> GenerationReport:
     """As far as a generation came that ended before its time."""
     passes = [done for done in active.record.since(started.number) if done.number > started.number]
-    return dataclasses.replace(make_report(active, passes), finished=False)
+    return dataclasses.replace(make_report(active, started, passes), finished=False)
 
 
-def make_report(active: Any, passes: list[Pass], low_bits: str | None = None) -> GenerationReport:
+def make_report(
+    active: Any, started: Started, passes: list[Pass], low_bits: str | None = None
+) -> GenerationReport:
     """What these passes have done; equal files of several passes are one."""
     memory = getattr(active, "memory_report", None)
     last = passes[-1] if passes else Pass(0, "", "")
     model = diffusion_model()
     # the pass that is in effect, if it is this generation's: those before it are no longer measured
-    step = step_time(active, model) if last is active.record.present else None
+    measured = started.number < last.number == active.record.present.number
+    step = step_time(active, model) if measured else None
     return GenerationReport(
         files=tuple(dict.fromkeys(file for done in passes for file in done.reports())),
         patcher=last.patcher,
@@ -115,7 +126,7 @@ def make_report(active: Any, passes: list[Pass], low_bits: str | None = None) ->
         measured_bytes=getattr(memory, "measured_bytes", None),
         streamed_bytes=getattr(memory, "streamed_bytes", None),
         extra_bytes=getattr(memory, "extra_bytes", None),
-        peak_bytes=getattr(memory, "peak_bytes", None),
+        peak_bytes=started.peak.read(),
         attach_seconds=sum(done.seconds for done in passes),
         step_seconds=None if step is None else step.whole,
         overhead_seconds=None if step is None else step.branches,
@@ -180,3 +191,13 @@ def log_report(report: GenerationReport) -> None:
         step,
         memory,
     )
+    for file in report.applied:
+        for strengths, where in ((file.unet_strengths, "model"), (file.text_strengths, "text encoder")):
+            if strengths:
+                logger.info(
+                    "LoRA %s: layers of the %s have strengths of %g to %g, as another extension has set them",
+                    file.name,
+                    where,
+                    strengths[0],
+                    strengths[-1],
+                )

@@ -15,26 +15,32 @@ from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, PATCHERS
 
 logger = logging.getLogger("lib_precision_lora")
 
-MODE, LOW_BITS, VERSION = "Precision LoRA mode", "Precision LoRA low bits", "Precision LoRA version"
-PREFIX = "Precision LoRA "
-OURS_IN_INFOTEXT = (MODE, LOW_BITS, VERSION, INFOTEXT_SKIPPED)
+MARK = "Precision LoRA"
+"""On every image whose LoRAs were applied by us; its value is our version."""
+MODE, LOW_BITS, VERSION = f"{MARK} mode", f"{MARK} low bits", f"{MARK} version"
+PREFIX = f"{MARK} "
+CHOICES = (MODE, LOW_BITS, VERSION, MARK)
+OURS_IN_INFOTEXT = (*CHOICES, INFOTEXT_SKIPPED)
+SIZE_LIKE = (f"{INFOTEXT_SKIPPED}-1", f"{INFOTEXT_SKIPPED}-2")
+"""What the host reads where the one file that was left out is named like a size, 512x512."""
 DEFAULT_MODE = COMPUTE_MODES[0]
 MOST_POP_UPS = 8
 MODES = (*COMPUTE_MODES, *(patcher for patcher in PATCHERS if patcher != OURS))
 """All that `MODE` can say: a compute mode of ours, or which of the host's ways it was instead."""
 
 
-def parameters(mode: str, low_bits: str) -> dict[str, str]:
-    """What an image says of itself: what is not the default, and then by which version.
+def parameters(mode: str, low_bits: str, ours: bool) -> dict[str, str]:
+    """What an image says of itself: that its LoRAs were applied by us, if so, and what is not the default;
+    and by which version.
 
     mode: one of `MODES`; low_bits: a name of the host, or `AS_SET`.
     """
-    written = {}
+    written = {MARK: __version__} if ours else {}
     if mode != DEFAULT_MODE:
         written[MODE] = mode
     if low_bits != AS_SET:
         written[LOW_BITS] = low_bits
-    return {**written, VERSION: __version__} if written else {}
+    return {**written, VERSION: __version__} if written and not ours else written
 
 
 def begin(p: Any) -> None:
@@ -67,6 +73,7 @@ class Pasted:
 def read_parameters(values: Mapping[str, Any], low_bits_choices: Sequence[str]) -> Pasted:
     """The choices that make such an image again; what is not understood is left out, and said."""
     mode, low_bits = str(values.get(MODE, DEFAULT_MODE)), str(values.get(LOW_BITS, AS_SET))
+    version = values.get(MARK, values.get(VERSION, "unknown"))
     problems = []
     if mode not in MODES:
         problems.append(f'"{MODE}: {mode}" is none of {", ".join(MODES)}, and was not set')
@@ -75,9 +82,9 @@ def read_parameters(values: Mapping[str, Any], low_bits_choices: Sequence[str]) 
         problems.append(f'"{LOW_BITS}: {low_bits}" is not known to this WebUI, and was not set')
         low_bits = AS_SET
     for name in values:
-        if name.startswith(PREFIX) and name not in OURS_IN_INFOTEXT:
+        if name.startswith(PREFIX) and name not in (*OURS_IN_INFOTEXT, *SIZE_LIKE):
             problems.append(
-                f'"{name}" was written by version {values.get(VERSION, "unknown")} and means nothing to '
+                f'"{name}" was written by version {version} and means nothing to '
                 f"version {__version__}; it was not set"
             )
     compute = mode if mode in COMPUTE_MODES and mode != DEFAULT_MODE else AS_SET

@@ -86,9 +86,10 @@ class NetworkLoader:
                 self._record.present.add(FileReport(name, unet, te, problem=sentence))
                 versions.append(None)
                 continue
-            source = kept.add(network.network_on_disk.filename, match, unet, te)
+            path = network.network_on_disk.filename
+            source = kept.add(path, match, unet, te)
             digest = self._files.digests[stamp].digest
-            self._record.present.add(report_file(name, match, unet, te, digest), source)
+            self._record.present.add(report_file(name, match, unet, te, digest), source, path)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)

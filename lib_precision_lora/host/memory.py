@@ -24,7 +24,6 @@ from lib_precision_lora.host.planning import UNPLANNED, ModelPlan, Planning
 from lib_precision_lora.host.progress import Interrupted, Stage
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.budget import megabytes
-from lib_precision_lora.memory.meter import peak_allocated
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -47,14 +46,12 @@ class Placed:
 class MemoryReport:
     """factor_bytes: LoRA factors on the card, as planned; measured_bytes: those that stood there when placed;
     streamed_bytes: those that then waited in RAM; extra_bytes: the card's largest use beyond the same
-    generation without LoRAs, as planned, with one model at work at a time; peak_bytes: its largest use in
-    this generation, all included, None where there are no such statistics."""
+    generation without LoRAs, as planned, with one model at work at a time."""
 
     factor_bytes: int
     measured_bytes: int
     streamed_bytes: int
     extra_bytes: int
-    peak_bytes: int | None
 
 
 class MemoryPlanner:
@@ -169,8 +166,12 @@ class MemoryPlanner:
         return min(kept, max(0.0, float(room)))
 
     def report(self, models: Sequence[nn.Module]) -> MemoryReport | None:
-        """Planned and measured bytes of these models together; None where nothing is attached."""
-        plans = [(model, self._plans[model].plan) for model in models if model in self._plans]
+        """Planned and measured bytes of these models together; None where nothing is attached.
+
+        It may be asked for by another thread than the one that plans.
+        """
+        decided = [(model, self._plans.get(model)) for model in models]
+        plans = [(model, each.plan) for model, each in decided if each is not None]
         plans = [(model, plan) for model, plan in plans if self._session(model).attached]
         if not plans:
             return None
@@ -181,7 +182,6 @@ class MemoryPlanner:
             sum(each.standing for each in placed),
             sum(each.streamed for each in placed),
             resident + max(plan.peak_bytes - plan.resident_bytes for _, plan in plans),
-            peak_allocated(self._host.get_torch_device()),
         )
 
     def _reserve(self, patcher: Any) -> int:

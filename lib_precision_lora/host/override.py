@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from lib_precision_lora.host.arguments import shown
 from lib_precision_lora.host.low_bits import low_bits_options
 from lib_precision_lora.host.notices import tell
+from lib_precision_lora.host.settings import Settings
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS
 
 Value = TypeVar("Value")
@@ -57,10 +58,11 @@ class ByObject(Generic[Value]):
 
 @dataclass(slots=True)
 class Generation:
-    """One that runs. refused: why its storage type is not that of the checkpoint at hand; failed: reasons
-    by loading parameters that could not be loaded."""
+    """One that runs. settings: the user's own, as they were when it began; refused: why its storage type is
+    not that of the checkpoint at hand; failed: reasons by loading parameters that could not be loaded."""
 
     wanted: Override
+    settings: Settings
     refused: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
 

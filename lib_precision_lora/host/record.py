@@ -1,14 +1,19 @@
-"""What the binding has done since when: the raw material of a generation's report."""
+"""What the binding has done since when: the raw material of a generation's report.
+
+One thread writes, while others read: what holds several things is exchanged whole, and never changed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from lib_precision_lora.host.division import Place
 from lib_precision_lora.host.report import FileReport
+from lib_precision_lora.host.sums import Followed, PromptEntry, sums
 from lib_precision_lora.plain_text import sentence as plain_sentence
+from lib_precision_lora.ui.choices import OURS
 
 KEPT_PASSES = 512
 """A generation of more batches than that is reported by its last ones."""
@@ -18,62 +23,76 @@ KEPT_PASSES = 512
 class Pass:
     """From one setting of the prompt's LoRAs to the next: a batch, a hires pass, a refiner.
 
-    text_encoders: whether LoRAs act on these as well; sources: the name under which the host's patchers
-    know a file → its place in `files`; host_layers: the same names → layers that went the host's own way,
-    by model.
+    text_encoders: whether LoRAs act on these as well; entries: the prompt's, in its order; models: what each
+    of the checkpoint's models was brought to, by its class; seconds: spent on that.
     """
 
     number: int
     patcher: str
     compute: str
     text_encoders: bool = True
-    files: list[FileReport] = field(default_factory=list)
-    sources: dict[str, int] = field(default_factory=dict)
-    host_layers: dict[tuple[str, str], int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    entries: tuple[PromptEntry, ...] = ()
+    models: Mapping[str, Followed] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def add(self, file: FileReport, source: str | None = None) -> None:
-        if source is not None:
-            self.sources[source] = len(self.files)
+    def add(self, file: FileReport, source: str | None = None, path: str | None = None) -> None:
+        """source: the name under which the host's patchers know this entry; path: the file's, where there
+        is one."""
         if file.problem is not None:
             file = dataclasses.replace(file, problem=plain_sentence(file.problem))
-            self.problems.append(str(file.problem))
-        self.files.append(file)
+            self.problems = (*self.problems, str(file.problem))
+        self.entries = (*self.entries, PromptEntry(file, source, path or file.name))
 
     def problem(self, source: str | None, sentence: str) -> None:
-        """Something was left out: the file of this source, or all of them (None).
+        """Something was left out: the entry of this source, or all of them (None).
 
         The sentence names the file as the prompt does: where it lies is nobody's business.
         """
-        if source in self.sources:
-            sentence = sentence.replace(source, self.files[self.sources[source]].name)
+        for entry in self.entries:
+            if source is not None and entry.source == source:
+                sentence = sentence.replace(source, entry.file.name)
         sentence = plain_sentence(sentence)
         if sentence not in self.problems:
-            self.problems.append(sentence)
-        places = range(len(self.files)) if source is None else [self.sources.get(source)]
-        for place in places:
-            if place is not None and self.files[place].problem is None:
-                self.files[place] = dataclasses.replace(self.files[place], problem=sentence)
+            self.problems = (*self.problems, sentence)
+        self.entries = tuple(
+            entry.without(sentence) if source is None or entry.source == source else entry
+            for entry in self.entries
+        )
 
-    def followed(self, model: str, seconds: float, host_layers: Mapping[str, int]) -> None:
-        """A model of this class was brought to the prompt's LoRAs."""
+    def followed(
+        self,
+        model: str,
+        text_encoder: bool,
+        seconds: float,
+        host_layers: Mapping[str, int],
+        strengths: Mapping[str, Mapping[Place, float]],
+    ) -> None:
+        """A model of this class was brought to the prompt's LoRAs.
+
+        host_layers: source → layers that went the host's own way; strengths: source → the strength of each of
+        its patches, as they are attached.
+        """
         self.seconds += seconds
-        for source, count in host_layers.items():
-            self.host_layers[source, model] = count
+        self.models = {**self.models, model: Followed(text_encoder, host_layers, strengths)}
 
     def reports(self) -> Iterable[FileReport]:
-        for index, file in enumerate(self.files):
-            sources = {source for source, place in self.sources.items() if place == index}
-            count = sum(layers for (source, _), layers in self.host_layers.items() if source in sources)
-            yield dataclasses.replace(file, host_layers=count)
+        """One for each file, with the sum of its strengths, and one for each reason to leave it out."""
+        return sums(self.entries, tuple(self.models.values()), self.patcher != OURS)
+
+    @property
+    def applied_by_us(self) -> bool:
+        """Whether any layer is changed by us: by the prompt's LoRAs, or by another extension's patches."""
+        applied = (file for file in self.reports() if file.problem is None)
+        prompted = any(file.unet_layers + file.text_layers > file.host_layers for file in applied)
+        return self.patcher == OURS and (prompted or any(model.ours for model in self.models.values()))
 
 
 class Record:
     """The last passes, numbered; what happens belongs to the last of them."""
 
     def __init__(self) -> None:
-        self._passes: deque[Pass] = deque([Pass(0, "", "")], KEPT_PASSES)
+        self._passes = (Pass(0, "", ""),)
 
     @property
     def present(self) -> Pass:
@@ -81,10 +100,12 @@ class Record:
 
     def begin(self, patcher: str, compute: str, text_encoders: bool = True) -> Pass:
         """The prompt's LoRAs are being set."""
-        self._passes.append(Pass(self.present.number + 1, patcher, compute, text_encoders))
-        return self.present
+        begun = Pass(self.present.number + 1, patcher, compute, text_encoders)
+        self._passes = (*self._passes[1 - KEPT_PASSES :], begun)
+        return begun
 
     def since(self, number: int) -> list[Pass]:
         """The passes after this number; where there are none, the one that is still in effect."""
-        done = [done for done in self._passes if done.number > number]
-        return done or [dataclasses.replace(self.present, seconds=0.0)]
+        passes = self._passes
+        done = [done for done in passes if done.number > number]
+        return done or [dataclasses.replace(passes[-1], seconds=0.0)]

@@ -10,12 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """One LoRA of the prompt.
+    """One LoRA of the prompt, however often it is in there.
 
-    kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
-    matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
-    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None;
-    digest: SHA-256 of the bytes that were read, empty where we have read none.
+    strength and text_strength: asked for in the diffusion model and in the text encoders, each the sum of all
+    entries; kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them;
+    unet_layers and text_layers: how many of each are changed; host_layers: those among them that went the
+    WebUI's own way; unet_strengths and text_strengths: those that the layers have, ascending, where these are
+    not what was asked for (another extension has changed them), else none; unmatched: keys without a layer;
+    problem: why it was left out whole, or None; digest: SHA-256 of the bytes that were read, empty where we
+    have read none.
     """
 
     name: str
@@ -27,6 +30,8 @@ class FileReport:
     unet_layers: int = 0
     text_layers: int = 0
     host_layers: int = 0
+    unet_strengths: tuple[float, ...] = ()
+    text_strengths: tuple[float, ...] = ()
     unmatched: tuple[str, ...] = ()
     problem: str | None = None
     digest: str = ""
@@ -38,14 +43,14 @@ class GenerationReport:
 
     patcher: who applied them; compute: the mode in effect; text_encoders: False where the setting leaves
     these alone; low_bits: the name under "Diffusion in Low Bits" in effect, None where it is not known;
-    stored: how the diffusion model's weights lie in memory, kind →
-    number; planned_bytes and measured_bytes: LoRA factors on the device, None where nothing was planned;
-    streamed_bytes: those that wait in RAM; extra_bytes: the device's largest use beyond the same generation
-    without LoRAs, predicted; peak_bytes: its largest use, all included, None without a CUDA device;
-    attach_seconds: time spent on following the prompt's LoRAs; step_seconds: one forward of the diffusion
-    model, the second of the last pass (the first, where there was one); overhead_seconds: of it the branches;
-    both None where nothing was measured; problems: sentences; finished: False where the generation was
-    interrupted, by the user or by an error.
+    stored: how the diffusion model's weights lie in memory, kind → number; planned_bytes and measured_bytes:
+    LoRA factors on the device, None where nothing was planned; streamed_bytes: those that wait in RAM;
+    extra_bytes: the device's largest use beyond the same generation without LoRAs, predicted; peak_bytes: its
+    largest use since the generation began, all included, None without a CUDA device, and where one before it
+    has hidden it; attach_seconds: time spent on following the prompt's LoRAs; step_seconds: one forward of
+    the diffusion model, the second of the last pass (the first, where there was one); overhead_seconds: of it
+    the branches; both None where nothing was measured; problems: sentences; finished: False where the
+    generation was ended before its time, by the user or by an error.
     """
 
     files: tuple[FileReport, ...] = ()
@@ -78,8 +83,10 @@ class GenerationReport:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "files": [
-                {**dataclasses.asdict(file), "ranks": list(file.ranks), "alphas": list(file.alphas)}
-                | {"unmatched": list(file.unmatched)}
+                {
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name, value in dataclasses.asdict(file).items()
+                }
                 for file in self.files
             ],
             "stored": dict(self.stored),

@@ -51,21 +51,37 @@ def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
         override.request(p, asked)
 
 
+def begin_batch(p: Any) -> None:
+    """An image, or several at once, of a generation begins: before its LoRAs are set."""
+    active = binding.active()
+    if active is not None:
+        p.precision_lora_batch = active.record.present.number
+
+
 def write_parameters(p: Any) -> None:
-    """Into the infotext: mode and storage of this generation where they are not the default."""
+    """Into the infotext: that LoRAs were applied by us, and mode and storage where they are not the default.
+
+    Before a pass is sampled, and again after: what it was made with is then known. Of an earlier batch,
+    nothing stays.
+    """
     active = binding.active()
     if active is None:
         return
     from lib_precision_lora.host import override
 
+    present = active.record.present.number
+    passes = active.record.since(min(getattr(p, "precision_lora_batch", present - 1), present))
+    applied = [each for each in passes if any(file.problem is None for file in each.reports())]
     asked, mode = override.in_effect(p), infotext.DEFAULT_MODE
-    if any(file.problem is None for file in active.record.present.files):
-        present = active.record.present
+    if applied:
         if asked.patcher != OURS:
             mode = asked.patcher
-        elif present.patcher == OURS:
-            mode = COMPUTE_NAMES.get(present.compute, present.compute)
-    p.extra_generation_params.update(infotext.parameters(mode, asked.low_bits))
+        elif applied[-1].patcher == OURS:
+            mode = COMPUTE_NAMES.get(applied[-1].compute, applied[-1].compute)
+    ours = any(each.applied_by_us for each in passes)
+    for name in infotext.CHOICES:
+        p.extra_generation_params.pop(name, None)
+    p.extra_generation_params.update(infotext.parameters(mode, asked.low_bits, ours))
 
 
 def report(p: Any) -> None:

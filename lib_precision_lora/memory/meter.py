@@ -54,12 +54,28 @@ class ByteMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def peak_allocated(device: torch.device) -> int | None:
-    """The largest use of a card since its statistics were last reset, bytes; None for other devices.
+class PeakMeter:
+    """The largest use of a card since this object was made, bytes.
 
-    A host resets them when a generation begins; they are not ours to reset.
+    A card keeps one such figure, since its statistics were last reset. reset: reset them now, where nobody
+    else relies on them; where not, the figure is ours once it is another one than it is now.
     """
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+    def __init__(self, device: torch.device, reset: bool) -> None:
+        self._device = device
+        self._before: int | None = None
+        if device.type == "cuda":
+            if reset:
+                torch.cuda.reset_peak_memory_stats(device)
+            else:
+                self._before = torch.cuda.max_memory_allocated(device)
+
+    def read(self) -> int | None:
+        """None for other devices, and where what was there before has hidden it."""
+        if self._device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self._device)
+        return None if peak == self._before else peak
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

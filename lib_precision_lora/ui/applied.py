@@ -3,6 +3,7 @@ them; all that comes from files is escaped."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,14 @@ KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "te
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
 TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
+BY_LAYER = "by layer"
 STEP, FOR_LORAS = "Time per model pass", "of them for LoRAs"
 MEMORY, PLANNED, MEASURED = "LoRA factors on the device", "predicted", "measured"
 STREAMED, EXTRA = "Streamed from RAM", "Predicted peak for LoRAs"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
     *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
-    *(STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
+    *(BY_LAYER, STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
 )
 """All words of this part of the page, for translators."""
 
@@ -57,9 +59,9 @@ def _file(file: FileReport) -> str:
     if file.problem is not None:
         body = _list((REASON, escape(file.problem)))
         return f'<section class="left-out"><h4>{escape(file.name)}</h4>{body}</section>'
-    strength = f"{file.strength:g}"
-    if file.text_strength != file.strength:
-        strength += f" ({_word(TEXT)} {file.text_strength:g})"
+    strength = _strength(file.strength, file.unet_strengths)
+    if (file.text_strength, file.text_strengths) != (file.strength, file.unet_strengths):
+        strength += f" ({_word(TEXT)} {_strength(file.text_strength, file.text_strengths)})"
     counts = ((MODEL, file.unet_layers), (TEXT, file.text_layers), (HOST_LAYERS, file.host_layers))
     keys = "".join(f"<li>{escape(key)}</li>" for key in file.unmatched[:SHOWN_KEYS])
     keys += "<li>…</li>" if len(file.unmatched) > SHOWN_KEYS else ""
@@ -72,6 +74,14 @@ def _file(file: FileReport) -> str:
         (SKIPPED, skipped),
     )
     return f"<section><h4>{escape(file.name)}</h4>{body}</section>"
+
+
+def _strength(asked: float, by_layer: Sequence[float]) -> str:
+    """What the layers have, where that is not what was asked for."""
+    if not by_layer:
+        return f"{asked:g}"
+    ends = dict.fromkeys((f"{by_layer[0]:g}", f"{by_layer[-1]:g}"))
+    return f"{asked:g}, {_word(BY_LAYER)} {' … '.join(ends)}"
 
 
 def _step(report: GenerationReport) -> str:

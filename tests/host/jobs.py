@@ -95,6 +95,8 @@ class Jobs:
 
         class Processing(self.host.processing.StableDiffusionProcessingTxt2Img):  # type: ignore[name-defined, misc]
             def sample(self, *args: Any, **kwargs: Any) -> Images:
+                if self.scripts is not None:
+                    self.scripts.process_before_every_sampling(self)
                 sample_once(self)
                 during(self)
                 return Images([torch.zeros(3, 8, 8)])

@@ -12,7 +12,7 @@ import lib_precision_lora.host as host_package
 from lib_precision_lora import __version__
 from lib_precision_lora.host import binding, infotext, script, xyz
 from lib_precision_lora.host.arguments import problems, wanted
-from lib_precision_lora.host.infotext import LOW_BITS, MODE, MODES, VERSION, Pasted, read_parameters
+from lib_precision_lora.host.infotext import LOW_BITS, MARK, MODE, MODES, VERSION, Pasted, read_parameters
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS, STOCK_MERGE
 
 CHOICES = (AS_SET, "Automatic", "bnb-nf4", "float8-e4m3fn")
@@ -93,19 +93,25 @@ def test_what_is_wanted_is_what_the_open_accordion_says_and_a_plot_before_it() -
     assert wanted([], {}, CHOICES) == ({}, []), "another extension's generation has none"
 
 
-def test_only_what_is_not_the_default_is_written() -> None:
-    assert infotext.parameters("Automatic", AS_SET) == {}
-    assert infotext.parameters("fp16", AS_SET) == {MODE: "fp16", VERSION: __version__}
-    assert infotext.parameters("Automatic", "bnb-nf4") == {LOW_BITS: "bnb-nf4", VERSION: __version__}
+def test_only_our_mark_and_what_is_not_the_default_is_written() -> None:
+    assert infotext.parameters("Automatic", AS_SET, False) == {}
+    assert infotext.parameters("Automatic", AS_SET, True) == {"Precision LoRA": __version__}
+    assert infotext.parameters("fp16", AS_SET, True) == {MARK: __version__, MODE: "fp16"}
+    assert infotext.parameters("Automatic", "bnb-nf4", False) == {LOW_BITS: "bnb-nf4", VERSION: __version__}
+    assert infotext.parameters(STOCK_MERGE, AS_SET, False) == {MODE: STOCK_MERGE, VERSION: __version__}
 
 
+@pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("low_bits", CHOICES)
-def test_what_is_written_is_read_as_the_choices_that_make_it_again(mode: str, low_bits: str) -> None:
-    written = infotext.parameters(mode, low_bits)
+def test_what_is_written_is_read_as_the_choices_that_make_it_again(
+    mode: str, low_bits: str, ours: bool
+) -> None:
+    written = infotext.parameters(mode, low_bits, ours)
+    assert list(written.values()).count(__version__) == (1 if written else 0)
     read = read_parameters(written, CHOICES)
     assert read.problems == ()
-    assert read.enabled == bool(written)
+    assert read.enabled == bool(written.keys() - {MARK})
     fields, wrong = wanted([read.enabled, read.low_bits, read.compute, read.patcher], {}, CHOICES)
     assert wrong == []
     assert fields.get("low_bits", AS_SET) == low_bits
@@ -124,7 +130,12 @@ def test_what_is_written_is_read_as_the_choices_that_make_it_again(mode: str, lo
         ({MODE: "fp32", LOW_BITS: "bnb-nf2"}, Pasted(True, compute="fp32"), ["bnb-nf2"]),
         ({MODE: "", LOW_BITS: ""}, Pasted(), [MODE, LOW_BITS]),
         ({MODE: None, LOW_BITS: 7}, Pasted(), ["None", "7"]),
+        ({"Precision LoRA skipped-1": "512", "Precision LoRA skipped-2": "768"}, Pasted(), []),
         ({VERSION: "99.0"}, Pasted(), []),
+        ({MARK: __version__}, Pasted(), []),
+        ({MARK: "99.0"}, Pasted(), []),
+        ({MARK: ""}, Pasted(), []),
+        ({MARK: "8.8", "Precision LoRA colour": "blue"}, Pasted(), ["8.8"]),
         (
             {MODE: "fp16", VERSION: "9.9", "Precision LoRA colour": "blue"},
             Pasted(True, compute="fp16"),

@@ -11,7 +11,6 @@ import torch
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.host import binding
 from lib_precision_lora.host import memory as planning
-from lib_precision_lora.host.generations import make_report
 from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.ui.settings import MARGIN, PLACEMENT, STREAMED
 from tests.host.card import Card, size_of
@@ -181,7 +180,7 @@ def test_streamed_factors_make_the_same_image(
     active = Active(file_of(host, "cats", 64))
     base, context = size_of(checkpoint.model), torch.zeros(8)
     resident = generate(host, prompt("a cat", active))
-    report = make_report(binding.active(), [])
+    report = binding.active().memory_report
     assert report.streamed_bytes == 0
     assert report.extra_bytes == factor_bytes(64) + workspace_bytes(64)
     with torch.inference_mode(), ByteMeter() as beside:
@@ -195,7 +194,7 @@ def test_streamed_factors_make_the_same_image(
     card.forget()
     with log_lines(20) as lines:
         streamed = generate(host, prompt("a cat", active))
-    report = make_report(binding.active(), [])
+    report = binding.active().memory_report
     assert report.streamed_bytes == factor_bytes(64) - card.factors()
     assert report.measured_bytes == card.factors()
     assert report.extra_bytes == least_bytes(64) + more

@@ -181,7 +181,7 @@ def test_the_image_after_a_skipped_one_has_its_loras_and_says_so(jobs: Jobs, fil
         assert active is not None
         active.notices.show(p.comment, p.extra_generation_params)
         report = active.record.present
-        seen.append(([file.problem for file in report.files], dict(p.extra_generation_params)))
+        seen.append(([file.problem for file in report.reports()], dict(p.extra_generation_params)))
 
     with job(host, SKIP, at=0):
         p = jobs.run(PROMPT, during=during, n_iter=2)

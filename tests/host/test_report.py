@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import overhead
-from lib_precision_lora.host import binding, memory, script
+from lib_precision_lora.host import binding, script
 from lib_precision_lora.host.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
 from lib_precision_lora.host.report import FileReport, GenerationReport
@@ -29,6 +29,7 @@ from tests.host.damage import DAMAGE, cats_and_dogs
 from tests.host.generation import generate
 from tests.host.loras import make_lora, values
 from tests.host.observers import branches, log_lines
+from tests.host.reports import report_of
 from tests.host.webui import Host
 
 LAYERS = 4
@@ -41,15 +42,6 @@ def tasks(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
     from modules import progress
 
     return lambda name: monkeypatch.setattr(progress, "current_task", name)
-
-
-def report_of(host: Host, prompt: str, **options: Any) -> GenerationReport:
-    generations, p = Generations(), SimpleNamespace()
-    generations.begin(p)
-    generate(host, prompt, **options)
-    report = generations.end(p, "Automatic")
-    assert report is not None
-    return report
 
 
 def test_each_file_is_told_with_what_it_does(host: Host, checkpoint: Checkpoint) -> None:
@@ -390,16 +382,3 @@ def test_a_detailed_log_names_every_key_without_a_layer(host: Host, checkpoint: 
         (line,) = [line for line in lines if "cats" in line]
         assert "20 keys belong to no layer" in line
         assert sum(key in line for key in keys) == named
-
-
-def test_the_cards_own_peak_is_told_where_it_keeps_one(
-    host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_lora("cats").write(host)
-    assert report_of(host, "<lora:cats:1>").peak_bytes is None
-    monkeypatch.setattr(memory, "peak_allocated", lambda device: 3 * 2**20)
-    report = report_of(host, "<lora:cats:1>")
-    with log_lines(logging.INFO) as lines:
-        log_report(report)
-    assert report.peak_bytes == 3 * 2**20
-    assert "3.0 MiB at most in use on the card" in lines[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lib_precision_lora.memory.meter import ByteMeter
+from lib_precision_lora.memory.meter import ByteMeter, PeakMeter
+from tests.memory.card_statistics import CardStatistics
 
 KIBIBYTE = 1024
 
@@ -42,3 +44,40 @@ def test_what_was_there_before_does_not_count() -> None:
     with meter:
         before.add_(1).view(32, 32)
     assert meter.peak == 0
+
+
+CARD = torch.device("cuda")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> CardStatistics:
+    return CardStatistics(monkeypatch, in_use=10, peak=1000)
+
+
+def test_a_peak_is_measured_from_its_own_start(card: CardStatistics) -> None:
+    meter = PeakMeter(CARD, reset=True)
+    assert meter.read() == 10, "what stands there"
+    card.use(300)
+    card.use(20)
+    assert meter.read() == 300
+    assert PeakMeter(CARD, reset=True).read() == 20
+
+
+def test_nobody_elses_statistics_are_reset_and_a_peak_that_they_hide_is_not_known(
+    card: CardStatistics,
+) -> None:
+    meter = PeakMeter(CARD, reset=False)
+    card.use(300)
+    assert (card.resets, meter.read()) == (0, None)
+    card.use(1001)
+    assert meter.read() == 1001
+    second = PeakMeter(CARD, reset=False)
+    card.use(400)
+    assert second.read() is None
+    card.reset()  # by its owner, meanwhile
+    card.use(500)
+    assert second.read() == 500
+
+
+def test_a_processor_has_no_peak() -> None:
+    assert PeakMeter(torch.device("cpu"), reset=True).read() is None

@@ -49,6 +49,22 @@ class Reader(HTMLParser):
         self.words.append(data.strip())
 
 
+@pytest.mark.parametrize(
+    ("unet", "text", "shown"),
+    [
+        ((), (), "Strength 0.8 ( text encoder 0.5) Kind"),
+        ((0.2, 0.5, 1.0), (), "Strength 0.8, by layer 0.2 … 1 ( text encoder 0.5) Kind"),
+        ((), (0.25,), "Strength 0.8 ( text encoder 0.5, by layer 0.25) Kind"),
+    ],
+)
+def test_strengths_that_layers_have_stand_beside_the_one_that_was_asked_for(
+    unet: tuple[float, ...], text: tuple[float, ...], shown: str
+) -> None:
+    cats = replace(CATS, unet_strengths=unet, text_strengths=text)
+    words = " ".join(Reader(applied_html(replace(REPORT, files=(cats,)))).words)
+    assert shown in words.replace("  ", " ")
+
+
 def test_it_says_what_was_applied_and_what_was_left_out_and_why() -> None:
     words = Reader(applied_html(REPORT)).words
     text = " ".join(words)

@@ -162,6 +162,8 @@ def process_images_inner(p: Any) -> Any:
             sd_models.forge_model_reload()
         p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
         p.prompts, p.negative_prompts = [p.prompt], [p.negative_prompt]
+        if p.scripts is not None:
+            p.scripts.before_process_batch(p, batch_number=n)
         p.parse_extra_network_prompts()
         if not p.disable_extra_networks:
             extra_networks.activate(p, p.extra_network_data)
@@ -177,6 +179,8 @@ def process_images_inner(p: Any) -> Any:
             subseed_strength=0.0,
             prompts=p.prompts,
         )
+        if p.scripts is not None:
+            p.scripts.post_sample(p, None)
     processed = SimpleNamespace(comments="".join(f"{comment}\n" for comment in p.comments))
     if p.scripts is not None:
         p.scripts.postprocess(p, processed)
