@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_CHOICES, OURS, PATCHERS
+from lib_precision_lora.ui.html import render
 
 TITLE = "Precision LoRA"
 LOW_BITS_LABEL, LOW_BITS_INFO = "Diffusion in Low Bits", "A change loads the checkpoint anew."
@@ -59,7 +60,7 @@ def build_panel(
     """
     name = f"precision_lora_{tab}"
     with accordion(False, label=TITLE, elem_id=name) as enabled:
-        gr.HTML(f"<p>{SCOPE}</p>", elem_classes=["precision-lora-scope"])
+        gr.HTML(render("scope.html", SCOPE=SCOPE), elem_classes=["precision-lora-scope"])
         with gr.Row(elem_classes=["precision-lora-choices"]):
             choices = [
                 gr.Dropdown(

@@ -14,10 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build_page(
-    scripts: dict[str, Any], shared: Any, generate: Callable[[str, tuple[Any, ...]], tuple[str, str]]
+    scripts: dict[str, Any],
+    shared: Any,
+    generate: Callable[[str, tuple[Any, ...]], tuple[str, str]],
+    paste: Callable[[str], None],
 ) -> gr.Blocks:
     """scripts: the extension's, by tab; generate: from a tab's script and the values of its task, prompt and
-    controls to the image's parameters and the messages under it."""
+    controls to the image's parameters and the messages under it; paste: told the parameters of an image, as
+    JSON."""
     theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     with gr.Blocks(analytics_enabled=False, head=head(), theme=theme) as page, gr.Tabs():
         for tab, script in scripts.items():
@@ -25,6 +29,9 @@ def build_page(
                 _build_tab(tab, script, generate)
         with gr.Tab("Settings"):
             _build_settings(page, shared)
+        with gr.Tab("Paste"):
+            parameters, button = gr.Textbox(elem_id="pasted"), gr.Button("Paste", elem_id="paste")
+            button.click(paste, inputs=[parameters]).then(None, js="() => answered()")
     return page
 
 

@@ -95,6 +95,15 @@ class Page:
         self._press(f"{self.tab}_generate")
         return self.page.locator(f"#html_info_{self.tab}").inner_text()
 
+    def paste(self, **parameters: str) -> list[str]:
+        """The parameters of an image; returns what pops up then."""
+        self.page.locator("#pasted textarea").fill(json.dumps(parameters))
+        self._press("paste")
+        shown = self.page.locator(".toast-body")
+        shown.first.wait_for()
+        texts: list[str] = shown.locator(".toast-text").all_inner_texts()
+        return texts
+
     @property
     def messages(self) -> str:
         return self.page.locator(f"#html_log_{self.tab}").inner_text()

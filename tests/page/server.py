@@ -45,7 +45,8 @@ def main(folder: Path) -> None:
         jobs = start_jobs(host, folder, patch, make=lambda *found: PageJobs(*found, loras=[CATS, DOGS]))
         jobs.run()
         scripts = {tab: tab_script(extension, tab) for tab in ("txt2img", "img2img")}
-        serve(make_app(jobs, scripts), folder / "address")
+        on_paste = modules["modules.script_callbacks"].registered["infotext_pasted"]
+        serve(make_app(jobs, scripts, on_paste), folder / "address")
 
 
 def load_extension() -> Any:
@@ -64,7 +65,7 @@ def tab_script(extension: Any, tab: str) -> Any:
     return script
 
 
-def make_app(jobs: PageJobs, scripts: dict[str, Any]) -> FastAPI:
+def make_app(jobs: PageJobs, scripts: dict[str, Any], on_paste: list[Any]) -> FastAPI:
     """The page, and beside it what tests ask for."""
     shared = jobs.host.shared
     initial = dict(shared.opts.data)
@@ -75,6 +76,10 @@ def make_app(jobs: PageJobs, scripts: dict[str, Any]) -> FastAPI:
         parameters = {"Prompt": prompt, **p.extra_generation_params}
         infotext = ", ".join(f"{name}: {value}" for name, value in parameters.items())
         return html.escape(infotext), html.escape(processed.comments)
+
+    def paste(parameters: str) -> None:
+        for callback in on_paste:
+            callback("", json.loads(parameters))
 
     app = FastAPI()
 
@@ -96,7 +101,7 @@ def make_app(jobs: PageJobs, scripts: dict[str, Any]) -> FastAPI:
         jobs.loads.clear()
         jobs.seen.clear()
 
-    return gr.mount_gradio_app(app, build_page(scripts, shared, generate), path="/")
+    return gr.mount_gradio_app(app, build_page(scripts, shared, generate, paste), path="/")
 
 
 def serve(app: FastAPI, address: Path) -> None:
