@@ -143,7 +143,9 @@ class LoraFiles:
 
 
 def _cannot_open(path: str, error: OSError) -> FileProblem:
-    return FileProblem(f"{Path(path).name} cannot be opened ({error.strerror}); check the file and its folder")
+    return FileProblem(
+        f"{Path(path).name} cannot be opened ({error.strerror}); check the file and its folder"
+    )
 
 
 def _changed(name: str) -> str:
