@@ -26,7 +26,7 @@ def strict(op: Bilinear, x: Tensor, w: Tensor, convolution: bool = False) -> Ten
     """
     if torch.float64 in (x.dtype, w.dtype):
         return op(x.double(), w.double())
-    allowed = rounding(x.device, convolution)
+    allowed = rounding_of(x.device, convolution)
     if allowed == "tf32":
         return split_product(op, x, w)
     if allowed == "any":
@@ -39,16 +39,11 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
     return strict(torch.matmul, x, w)
 
 
-def rounding(device: torch.device, convolution: bool) -> Rounding:
+def rounding_of(device: torch.device, convolution: bool) -> Rounding:
     """How this process lets the device round fp32 operands of a convolution, or of a matrix product."""
     if device.type == "cuda":
         return "tf32" if tensor_float_allowed(convolution) else "none"
     return "any" if device.type == "cpu" and cpu_rounding_allowed(convolution) else "none"
-
-
-def takes_parts(device: torch.device, convolution: bool) -> bool:
-    """Whether `strict` brings fp32 operands into parts, or a wider type, first."""
-    return rounding(device, convolution) != "none"
 
 
 def tensor_float_allowed(convolution: bool) -> bool:

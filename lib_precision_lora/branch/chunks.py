@@ -2,11 +2,13 @@
 
 Counted in fp32 numbers per token that live at once: i inputs, o outputs, r stacked rank.
 
-    hidden state   i · copies + r                    the input in the product's own type
-    additions      o · copies, and next to them what a term takes that is not of low rank
-      dense        i · copies + o · copies
+    hidden state   i · operand + r · result          the input in the product's own type
+    additions      o · result, and next to them what a term takes that is not of low rank
+      dense        i · (1 + inner) + o · result
       Kronecker    the largest two results that follow each other, the mixed one twice
     turned         o for the output in fp32, next to the additions or what an operator takes
+
+operand, inner and result are those of `product_cost.Copies`.
 
 A convolution's chunk is one of positions, whose hidden state is made beforehand (`stages.conv_stages`).
 """
@@ -23,47 +25,34 @@ from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
 from lib_precision_lora.branch.product import Product
+from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.memory.chunks import (
     BLOCK_COPIES,
     FP32,
-    HALF_COPIES,
     ORDERED_BLOCK_COPIES,
     SCALE_COPIES,
-    SINGLE_COPIES,
-    SPLIT_COPIES,
     chain_copies,
 )
-from lib_precision_lora.strict_product import takes_parts
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """How factors are multiplied on a device.
 
-    half: in fp16; copies, conv_copies: fp32 copies of an operand that a product makes in a linear module and
-    in a convolution, one or its parts; widens: fp16 factors are multiplied in fp32, as CPUs do.
+    half: in fp16; widens: fp16 factors are multiplied in fp32, as CPUs do; linear, conv: what products cost
+    in the forward of a linear module, and of a convolution.
     """
 
     half: bool
-    copies: float
-    conv_copies: float
     widens: bool
+    linear: ProductCost
+    conv: ProductCost
 
     @classmethod
-    def of(cls, product: Product, device: torch.device) -> Arithmetic:
-        linear, conv = (operand_copies(product, device, convolution) for convolution in (False, True))
-        return cls(product.half, linear, conv, device.type == "cpu")
-
-
-def operand_copies(product: Product, device: torch.device, convolution: bool) -> float:
-    """fp32 copies of an operand that a product makes on the device: one, or its parts.
-
-    convolution: in the forward of one, which multiplies by matrices as well.
-    """
-    if product.half:
-        return HALF_COPIES
-    parts = takes_parts(device, False) or (convolution and takes_parts(device, True))
-    return SPLIT_COPIES if parts else SINGLE_COPIES
+    def of(cls, product: Product, device: torch.device, dtype: torch.dtype) -> Arithmetic:
+        """dtype: of the activations."""
+        linear, conv = (ProductCost.of(product, device, convolution, dtype) for convolution in (False, True))
+        return cls(product.half, device.type == "cpu", linear, conv)
 
 
 def token_bytes(
@@ -72,30 +61,30 @@ def token_bytes(
     rank: int,
     steps: Sequence[Add | Left],
     turns: Iterable[Turn],
-    copies: float,
+    cost: ProductCost,
     convolution: bool = False,
 ) -> int:
     """Bytes that one token takes in the forward of a linear branch, next to others of its chunk.
 
-    turns: those of the module's input; copies: as `operand_copies` says; convolution: one position in that
-    of a convolution, next to what is made for all positions at once.
+    turns: those of the module's input; cost: of its products; convolution: one position in that of a
+    convolution, next to what is made for all positions at once.
     """
-    columns = list(turns)
-    hidden = rank * copies if convolution else inputs * copies + rank
-    additions = max((_whole_term(step, inputs, outputs, copies) for step in whole_terms(steps)), default=0.0)
+    columns, stack = list(turns), cost.stack
+    hidden = 0.0 if convolution else inputs * stack.operand + rank * stack.result
+    additions = max((_whole_term(step, inputs, outputs, cost) for step in whole_terms(steps)), default=0.0)
     if rank or not additions:
-        additions += outputs * copies
+        additions += outputs * stack.result
     lefts = [step.operator for step in steps if isinstance(step, Left)]
     numbers = max(hidden, additions)
     if lefts or columns:
-        turning = max((operator_copies(operator) for operator in lefts), default=0.0) * outputs
+        turning = max((operator_copies(operator, cost) for operator in lefts), default=0.0) * outputs
         numbers = outputs + max(numbers, turning)
     if columns and not convolution:
-        base = max(inputs * turned_copies(columns), inputs + 2.0 * outputs)
+        base = max(inputs * turned_copies(columns, cost), inputs + 2.0 * outputs)
         numbers = max(numbers, outputs + base)
     elif columns:
         numbers = max(numbers, 3.0 * outputs)
-    return int(FP32 * (numbers + 2 * rank))
+    return int(FP32 * (numbers + rank * (1.0 + max(1.0, stack.inner))))
 
 
 def whole_terms(steps: Sequence[Add | Left]) -> list[Add]:
@@ -103,27 +92,37 @@ def whole_terms(steps: Sequence[Add | Left]) -> list[Add]:
     return [step for step in steps if isinstance(step, Add) and not isinstance(step.term, LowRank)]
 
 
-def _whole_term(step: Add, inputs: int, outputs: int, copies: float) -> float:
+def _whole_term(step: Add, inputs: int, outputs: int, cost: ProductCost) -> float:
     """What one addition takes that is not of low rank, with its result."""
-    turned = inputs * turned_copies(step.columns)
+    strict, turned = cost.strict, inputs * turned_copies(step.columns, cost)
     if not isinstance(step.term, Kronecker):
-        return max(turned, inputs * copies + outputs * max(copies, 2.0))
+        return max(turned, inputs * (1.0 + strict.inner) + outputs * max(strict.result, 2.0))
     left, right = step.term.left, step.term.right
     sizes = [inputs, *(left.shape[1] * factor.shape[0] for factor in reversed(right))]
-    products = [before * max(copies, 1.0) + after * copies for before, after in pairwise(sizes)]
-    mixed = left.shape[0] * step.term.height
-    return max(turned, *products, 2.0 * sizes[-1] + mixed, sizes[-1] + 2.0 * mixed)
+    products = [before * (1.0 + strict.inner) + after * strict.result for before, after in pairwise(sizes)]
+    return max(turned, *products, mixing(sizes[-1], left.shape[0] * step.term.height, cost))
 
 
-def turned_copies(turns: Sequence[Turn]) -> float:
+def mixing(inner: float, mixed: float, cost: ProductCost) -> float:
+    """What the left factor of a Kronecker product takes: `inner` numbers become `mixed` ones.
+
+    The product has its own copy of them, and then its result is laid out anew.
+    """
+    return max(inner * (2.0 + cost.strict.inner) + mixed * cost.strict.result, inner + 2.0 * mixed)
+
+
+def turned_copies(turns: Sequence[Turn], cost: ProductCost) -> float:
     """Copies of an input that turning it makes: itself in fp32, the shift, their sum, and the operators'."""
-    return 3.0 + max(operator_copies(operator) for operator, _ in turns) if turns else 0.0
+    if not turns:
+        return 0.0
+    return cost.cast + 2.0 + max(operator_copies(operator, cost) for operator, _ in turns)
 
 
-def operator_copies(operator: Operator) -> float:
+def operator_copies(operator: Operator, cost: ProductCost) -> float:
     """Copies of the vectors that an operator makes beside them."""
     if isinstance(operator, Chain):
-        return chain_copies(operator_copies(part) for part in operator.parts)
+        return chain_copies(operator_copies(part, cost) for part in operator.parts)
     if isinstance(operator, Blocks):
-        return BLOCK_COPIES if operator.order is None else ORDERED_BLOCK_COPIES
+        parts = max(0.0, cost.strict.inner + cost.strict.result - 2.0)
+        return parts + (BLOCK_COPIES if operator.order is None else ORDERED_BLOCK_COPIES)
     return SCALE_COPIES

@@ -16,6 +16,7 @@ from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRan
 from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import up_blocks
+from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.sites import Kind, Site
 from lib_precision_lora.branch.sketch import SketchedWeight
@@ -133,20 +134,20 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
         return embedding_footprint(weight)
     outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
     stack = _Stack(weight.steps, outputs, arithmetic)
-    copies = arithmetic.conv_copies if kind == "conv" else arithmetic.copies
+    cost = arithmetic.conv if kind == "conv" else arithmetic.linear
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
     if kind == "conv":
-        stages = tuple(conv_stages(weight, stack.rank, copies))
+        stages = tuple(conv_stages(weight, stack.rank, cost))
     else:
-        stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, copies)),)
+        stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, cost)),)
     reads = isinstance(weight, SketchedWeight) and weight.reads.element_bytes
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
         stages,
-        int(stack.recast() * copies) + _dense_blocks(weight.steps, copies),
+        stack.recast(cost) + _dense_blocks(weight.steps, cost),
         reading_bytes(weight.stored.shape, weight.steps, reads) if reads else 0,
     )
 
@@ -203,15 +204,18 @@ class _Stack:
             columns, dtype, new = self.downs[0]
             yield columns * self.rank * dtype.itemsize, new
 
-    def recast(self) -> int:
-        """fp32 copies of the factors while they are multiplied: of one side at a time."""
+    def recast(self, cost: ProductCost) -> int:
+        """fp32 copies of the factors while they are multiplied, or their parts: of one side at a time."""
         if self.half and not self.widens:
             return 0
-        sides = [
-            side for side in (self.ups, self.downs) if any(dtype.itemsize < FP32 for _, dtype, _ in side)
-        ]
-        lengths = (zip(self.ranks, side, strict=True) for side in sides)
-        return max((FP32 * sum(rank * each[0] for rank, each in side) for side in lengths), default=0)
+        return max((self._recast(side, cost.strict.inner) for side in (self.ups, self.downs)), default=0)
+
+    def _recast(self, side: Sequence[tuple[int, torch.dtype, bool]], parts: float) -> int:
+        """parts: copies of an fp32 operand; one of fp16 or bf16 is a single part."""
+        if not side:
+            return 0
+        copies = parts if _element_bytes(side) == FP32 else 1.0
+        return int(FP32 * copies * sum(rank * each[0] for rank, each in zip(self.ranks, side, strict=True)))
 
 
 def _element_bytes(parts: Sequence[tuple[int, torch.dtype, bool]]) -> int:
@@ -260,17 +264,17 @@ def _operator_tensors(operator: Operator) -> Iterator[Tensor]:
         yield from (order for order in (operator.order, operator.inverse) if order is not None)
 
 
-def _dense_blocks(steps: Sequence[Add | Left], copies: float) -> int:
-    """The block of a dense or Hadamard term that is at hand: its source and its fp32 copies."""
-    largest_block = 0.0
+def _dense_blocks(steps: Sequence[Add | Left], cost: ProductCost) -> int:
+    """The block of a dense or Hadamard term that is at hand: its source, its fp32 copies, and their parts."""
+    largest_block, inner = 0.0, cost.strict.inner
     for step in whole_terms(steps):
         if isinstance(step.term, Kronecker):
             continue
         block = min(DENSE_BLOCK_BYTES, FP32 * math.prod(step.term.size))
-        made = copies + 0.5 if isinstance(step.term, Dense) else max(copies + 0.5, 3.0)
+        made = max(1.5, 1.0 + inner) if isinstance(step.term, Dense) else 3.0
         made += 3.0 if step.columns else 0.0
         widened = FP32 * step.term.b1.numel() if isinstance(step.term, Hadamard) else 0
-        largest_block = max(largest_block, made * block + 2 * widened)
+        largest_block = max(largest_block, made * block + (2.0 + inner) * widened)
     return int(largest_block)
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
-from lib_precision_lora.branch.chunks import operand_copies, token_bytes
+from lib_precision_lora.branch.chunks import token_bytes
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
 from lib_precision_lora.branch.product import Compute, Product, choose_product
+from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, low_rank
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
@@ -208,7 +209,7 @@ class WeightBranch:
             0 if down is None else down.shape[0],
             self.steps,
             [turn for piece in self.pieces for turn in piece.turns],
-            operand_copies(product, device, self.convolution),
+            ProductCost.of(product, device, self.convolution),
             self.convolution,
         )
         operands = Operands(product, down, scale, phases, pieces, bias, plain, size)

@@ -158,7 +158,7 @@ class PatchSession:
         weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
         product = choose_product(compute, device, dtype)
         merged = merged_modules(model, weights, compute, dense)
-        return footprints(weights, Arithmetic.of(product, device), merged)
+        return footprints(weights, Arithmetic.of(product, device, dtype), merged)
 
     @property
     def patches(self) -> tuple[Patch, ...]:

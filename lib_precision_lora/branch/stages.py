@@ -18,24 +18,30 @@ from dataclasses import dataclass
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import (
+    mixing,
     operator_copies,
     token_bytes,
     turned_copies,
     whole_terms,
 )
 from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.product_cost import Copies, ProductCost
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Bytes for each position (token), and the bound that they keep; None where they keep none."""
+    """Bytes for each position (token), and the bound that they keep; None where they keep none.
+
+    beyond: so many positions take none.
+    """
 
     position_bytes: float
     at_most: float | None = None
+    beyond: float = 0.0
 
     def size(self, positions: int) -> float:
-        size = positions * self.position_bytes
+        size = positions * self.position_bytes if positions > self.beyond else 0.0
         return size if self.at_most is None else min(size, self.at_most)
 
 
@@ -52,10 +58,10 @@ def linear_stage(size: int) -> Stage:
     return (Use(size, WORKSPACE_BYTES),)
 
 
-def conv_stages(weight: EffectiveWeight, rank: int, copies: float) -> Iterator[Stage]:
+def conv_stages(weight: EffectiveWeight, rank: int, cost: ProductCost) -> Iterator[Stage]:
     """The stages of a convolution's forward, of one sample; positions: those of its output.
 
-    rank: of its stack; copies: `chunks.operand_copies`.
+    rank: of its stack.
     """
     outputs, channels = weight.stored.shape[:2]
     columns = channels * math.prod(weight.stored.shape[2:])
@@ -63,46 +69,62 @@ def conv_stages(weight: EffectiveWeight, rank: int, copies: float) -> Iterator[S
     by_patch = any(operator.mixes for operator, _ in _all_turns(weight))
     hidden = Use(FP32 * rank)
     if rank:
-        yield hidden, Use(FP32 * rank), _channel_block(channels, copies)
+        yield _convolved(channels, rank, None, cost.stack)
     kept = [hidden]
     if turns and by_patch:
-        size = 2.5 + turned_copies(turns) - 1.0
+        size = 2.5 + turned_copies(turns, cost) - cost.cast
         block = Use(FP32 * columns * size, WORKSPACE_BYTES / 4 * size)
         yield hidden, Use(FP32 * 2 * outputs), block
         yield hidden, Use(FP32 * 3 * outputs)
     elif turns:
         kept.append(Use(FP32 * (outputs + 1)))
-        yield *kept, Use(FP32 * channels * turned_copies(turns))
+        yield *kept, Use(FP32 * channels * turned_copies(turns, cost))
     turned = bool(turns) or any(isinstance(step, Left) for step in weight.steps)
     whole = whole_terms(weight.steps)
     if not whole and not by_patch:
-        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, copies, convolution=True)
+        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, cost, convolution=True)
         yield *kept, Use(chunk, WORKSPACE_BYTES)
         return
     if turned:
         kept.append(Use(FP32 * outputs))
-        lefts = [operator_copies(step.operator) for step in weight.steps if isinstance(step, Left)]
+        lefts = [operator_copies(step.operator, cost) for step in weight.steps if isinstance(step, Left)]
         yield *kept, Use(FP32 * outputs * max(lefts, default=0.0))
     if rank:
-        kept.append(_output_block(outputs, copies))
-        yield tuple(kept)
+        inner = Use(FP32 * rank * cost.stack.inner)
+        yield *kept, inner, _output_block(outputs, cost.stack.result)
+        kept.append(_output_block(outputs, 1.0))
     for step in whole:
-        yield *kept, *_whole_term(step, channels, outputs, copies, by_patch)
+        yield *kept, *_whole_term(step, channels, outputs, cost, by_patch)
 
 
-def _whole_term(step: Add, channels: int, outputs: int, copies: float, by_patch: bool) -> Stage:
+def _whole_term(step: Add, channels: int, outputs: int, cost: ProductCost, by_patch: bool) -> Stage:
     """One addition that is not of low rank, to all positions."""
-    turned = 0.0 if by_patch else turned_copies(step.columns)
-    given = Use(FP32 * channels * turned), _channel_block(channels, copies)
+    turned = 0.0 if by_patch else turned_copies(step.columns, cost)
+    given = Use(FP32 * channels * turned)
     if not isinstance(step.term, Kronecker):
-        return *given, _output_block(outputs, copies), _output_block(outputs, 1.0)
-    mixed, inner = outputs, step.term.left.shape[1] * step.term.height
-    return *given, Use(FP32 * max(2 * inner + mixed, inner + 2 * mixed))
+        return given, *_convolved(channels, outputs, WORKSPACE_BYTES / 2, cost.strict)
+    inner = step.term.left.shape[1] * step.term.height
+    return given, _channel_block(channels, cost.strict), Use(FP32 * mixing(inner, outputs, cost))
 
 
-def _channel_block(channels: int, copies: float) -> Use:
+def _convolved(channels: int, outputs: int, at_most: float | None, copies: Copies) -> Stage:
+    """A convolution in blocks of input channels (`conv.convolve`), where there are several: the sum so far,
+    what the next one gives, and the block that it is made of. at_most: bytes of the result, if it is bounded.
+
+    An input of stride 2 has four times the positions of the output.
+    """
+    blocks_beyond = WORKSPACE_BYTES / (8 * channels) / 4
+    made = None if at_most is None else at_most * copies.result
+    return (
+        Use(FP32 * outputs, at_most, blocks_beyond),
+        Use(FP32 * outputs * copies.result, made),
+        _channel_block(channels, copies),
+    )
+
+
+def _channel_block(channels: int, copies: Copies) -> Use:
     """The block of input channels that `conv.convolve` brings to the product's type at a time."""
-    return Use(FP32 * channels * copies, WORKSPACE_BYTES / 2 * copies)
+    return Use(FP32 * channels * copies.operand, WORKSPACE_BYTES / 2 * copies.operand)
 
 
 def _output_block(outputs: int, copies: float) -> Use:

@@ -19,8 +19,8 @@ DENSE_BLOCK_BYTES = 8 * 2**20
 """Largest block of a dense remainder that is brought to fp32 at a time."""
 
 FP32 = 4
-HALF_COPIES, SINGLE_COPIES, SPLIT_COPIES = 1.5, 1.0, 3.0
-"""fp32 copies of an operand in fp16 products, in fp32 products, and in those that TF32 must not round."""
+HALF_COPIES, SINGLE_COPIES = 1.5, 1.0
+"""fp32 copies of an operand in fp16 products, and in fp32 products."""
 
 NORM_BYTES = 16
 """For each number of a norm's input: four fp32 copies."""
