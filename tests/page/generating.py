@@ -26,11 +26,14 @@ class ScriptRunner:
     def process(self, p: Any) -> None:
         """Nothing of ours happens here."""
 
+    def before_process_batch(self, p: Any, **kwargs: Any) -> None:
+        self._script.before_process_batch(p, *self._values, **kwargs)
+
     def process_before_every_sampling(self, p: Any) -> None:
         self._script.process_before_every_sampling(p, *self._values)
 
-    def post_sample(self, p: Any) -> None:
-        self._script.post_sample(p, *self._values)
+    def post_sample(self, p: Any, samples: Any) -> None:
+        self._script.post_sample(p, samples, *self._values)
 
     def postprocess(self, p: Any, processed: Any) -> None:
         self._script.postprocess(p, processed, *self._values)
@@ -45,12 +48,8 @@ class PageJobs(Jobs):
         self.seen: list[dict[str, Any]] = []
 
     def sample_once(self, p: Any) -> None:
-        if p.scripts is not None:
-            p.scripts.process_before_every_sampling(p)
         super().sample_once(p)
         self.seen.append(self._look(p))
-        if p.scripts is not None:
-            p.scripts.post_sample(p)
 
     def generate(self, task: str, prompt: str, script: Any, values: tuple[Any, ...]) -> Any:
         """As the host does what a page has asked for; returns the processing object and what came of it."""
