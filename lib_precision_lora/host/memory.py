@@ -6,7 +6,6 @@ on the card already it would leave as it is; where that leaves too little, it is
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 import weakref
@@ -25,6 +24,7 @@ from lib_precision_lora.host.progress import Interrupted, Stage
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.budget import megabytes
 from lib_precision_lora.memory.meter import peak_allocated
+from lib_precision_lora.ticks import Tick, untold
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -127,27 +127,38 @@ class MemoryPlanner:
         return reserve
 
     def place(self, patcher: Any) -> None:
-        """Bring the factors to where the plan wants them; streamed where there is no room after all."""
+        """Bring the factors to where the plan wants them; streamed where there is no room after all. A file
+        for which that fails is left out."""
         model, start = patcher.model, time.perf_counter()
         session, decided = self._session(model), self._plans.get(model)
-        if decided is None or not session.attached:
+        if decided is None:
             return
         device, dtype = patcher.load_device, activation_type(model)
+
+        def bring(tick: Tick = untold) -> None:
+            try:
+                session.place(device, dtype, decided.resident, tick)
+            except PatchMemoryError as error:
+                logger.warning("%s; trying once more with factors streamed from RAM", error)
+                session.place(device, dtype, frozenset(), tick)
+
         try:
-            with self._stage("placing LoRAs") as tick:
+            while session.attached:
                 try:
-                    session.place(device, dtype, decided.resident, tick)
-                except PatchMemoryError as error:
-                    logger.warning("%s; trying once more with factors streamed from RAM", error)
-                    session.place(device, dtype, frozenset(), tick)
-            self._seconds += time.perf_counter() - start
-            self._log(patcher, decided)
-        except PatchMemoryError as error:
-            self._leave_out_all(patcher, decided, error)
-        except Interrupted:
-            pass  # the first forward places the rest, if there is one
-        except Exception:  # the first forward places them as well
-            logger.exception("placing LoRAs failed; please report it with the console's log")
+                    with self._stage("placing LoRAs") as tick:
+                        bring(tick)
+                except Interrupted:
+                    return  # the first forward places the rest, if there is one
+                except Exception as error:  # noqa: BLE001  a device can fail in any way
+                    if session.leave_out(error, bring):
+                        patcher.refresh_loras()
+                        continue
+                self._seconds += time.perf_counter() - start
+                self._log(patcher, decided)
+                return
+        except Exception:
+            session.clear()
+            raise
         finally:
             self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
@@ -224,19 +235,6 @@ class MemoryPlanner:
             f"{megabytes(plan.peak_bytes)} MB are needed even when it is streamed from RAM. What helps: "
             f"{'; '.join(plan.advice)}",
         )
-
-    def _leave_out_all(self, patcher: Any, decided: ModelPlan, error: PatchMemoryError) -> None:
-        """No memory, neither resident nor streamed: the model goes on without LoRAs."""
-        sources = frozenset(source_of(key) for key in patcher.lora_patches)
-        self._plans[patcher.model] = dataclasses.replace(decided, left_out=sources)
-        for source in sorted(sources):
-            self._tell(source, f"A LoRA was left out: {source}: {error}")
-        try:
-            patcher.refresh_loras()
-        except Exception:
-            logger.exception(
-                "taking off LoRAs that do not fit failed; please report it with the console's log"
-            )
 
     def _log(self, patcher: Any, decided: ModelPlan) -> None:
         plan, session = decided.plan, self._session(patcher.model)

@@ -210,7 +210,7 @@ def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
 def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_attach(
     host: Host, checkpoint: Checkpoint, cats: LoraFile, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """named: whether the failure says whose it is; where not, it is everybody's."""
+    """named: whether the failure says whose it is; where not, it is found."""
     base = bytes_of_bases(checkpoint)
     lora = "lora", (values(8, 2), values(2, 8), 1.0, None, None)
     before_sampling = adds({ATTN: unknown(host), MLP: lora}, 0.75)
@@ -225,8 +225,9 @@ def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_
         with monkeypatch.context() as patch:
             patch.setattr(session, "effective_weights", refusing)
             image = generate(host, "a cat<lora:cats:te=0:unet=0.5>", before_sampling=before_sampling)
-            left = [Active(cats, 0.5, te=0.0)] if named else []
+            left = [Active(cats, 0.5, te=0.0)]
             assert distance(image, exact_output(checkpoint, "a cat", left)) < EXACT
+            assert image.parameters["Precision LoRA skipped"] == "theirs"
             assert bytes_of_bases(checkpoint) == base
             assert any("does not fit" in comment for comment in image.comments)
         image = generate(host, "a cat", before_sampling=before_sampling)
