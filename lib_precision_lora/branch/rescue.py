@@ -45,7 +45,7 @@ class Rescue:
         assert self.listener is not None
         trials: tuple[Trial | None, ...] = (partial(self._run, name, module, x, own), None)
         for trial in trials:
-            logger.warning("layer %s: its LoRAs failed in a forward (%s)", name, error, exc_info=error)
+            logger.warning("layer %s: its LoRAs failed in a forward", name, exc_info=error)
             with without_autocast(x.device.type):
                 self.listener(name, error, trial)
             try:

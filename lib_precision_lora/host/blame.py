@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from lib_precision_lora.branch import PatchError, PatchMemoryError
+from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.progress import Interrupted
 
 logger = logging.getLogger("lib_precision_lora")
@@ -25,8 +25,8 @@ def blamed(error: Exception, sources: Sequence[str], attempt: Attempt) -> PatchE
     """
     if isinstance(error, PatchError) and error.source is not None:
         return problem_of(error, error.source)
-    if not isinstance(error, PatchMemoryError):
-        logger.error("LoRAs failed (%s); they are tried one after the other", error, exc_info=error)
+    unforeseen = None if isinstance(error, PatchError) else error
+    logger.warning("%s; LoRAs are tried one after the other", str(error), exc_info=unforeseen)
     for count, source in enumerate(sources, 1):
         try:
             attempt(sources[:count])

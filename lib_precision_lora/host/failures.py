@@ -21,7 +21,7 @@ from lib_precision_lora.host.hosted import HostedSession
 logger = logging.getLogger("lib_precision_lora")
 
 
-class Failures:
+class ForwardFailures:
     """sessions: those that there are, by model; loaded: the host's list of loaded models; place: brings a
     patcher's factors to its device; tell: given a source (None: all) and a sentence; stop: raises where the
     user wants no image without a LoRA."""
@@ -41,15 +41,6 @@ class Failures:
         """From now on a forward of this model goes on where a branch fails."""
         session.rescue.listener = partial(self._in_forward, weakref.ref(model))
 
-    def place(self, patcher: Any) -> None:
-        """Bring the factors to the device; where that fails in a way for which no file is to blame, all are
-        left out."""
-        try:
-            self._place(patcher)
-        except Exception as error:
-            logger.exception("placing LoRAs failed")
-            self._leave_out_all(patcher.model, f"placing failed ({type(error).__name__}: {error})")
-
     def elsewhere(self, model: nn.Module, others: Sequence[nn.Module]) -> frozenset[str]:
         """The sources that have failed in one of the other models of the same checkpoint."""
         sessions = [self._sessions.get(other) for other in others if other is not model]
@@ -68,17 +59,11 @@ class Failures:
             if session.leave_out(PatchError(sentence, None, name), trial):
                 patcher = next(each.model for each in self._loaded() if each.model.model is model)
                 patcher.refresh_loras()
-                self.place(patcher)
+                self._place(patcher)
         except Exception:
             logger.exception("leaving out a LoRA that had failed failed, too")
-            self._leave_out_all(model, sentence)
-        self._stop()
-
-    def _leave_out_all(self, model: nn.Module, reason: str) -> None:
-        """Nothing of ours stays on this model."""
-        session = self._sessions.get(model)
-        if session is not None:
             session.clear()
-        self._tell(
-            None, f"A LoRA was left out: all of them: {reason}; please report it with the console's log"
-        )
+            self._tell(
+                None, f"A LoRA was left out: all of them: {sentence}; please report it with the console's log"
+            )
+        self._stop()

@@ -29,7 +29,7 @@ from torch import nn
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.host.budgeting import Budgeting
 from lib_precision_lora.host.division import only, source_of
-from lib_precision_lora.host.failures import Failures
+from lib_precision_lora.host.failures import ForwardFailures
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
 from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, StillMerged
@@ -84,7 +84,7 @@ class ForgeBinding:
         self.memory = MemoryPlanner(
             memory_management, budgeting, self._planning, self._session, self._left_out, self.progress.stage
         )
-        self._failures = Failures(
+        self._failures = ForwardFailures(
             self._sessions,
             lambda: memory_management.current_loaded_models,
             self.memory.place,
@@ -283,7 +283,7 @@ class ForgeBinding:
                 if self._follows(patcher):
                     patcher.refresh_loras()
             for patcher in planned:
-                self._failures.place(patcher)
+                self.memory.place(patcher)
             self._stop_if_set()
 
         return load_models_gpu

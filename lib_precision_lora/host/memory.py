@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.branch import PatchMemoryError
+from lib_precision_lora.branch import PatchError, PatchMemoryError
 from lib_precision_lora.host.budgeting import Budgeting, activation_type
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.hosted import HostedSession
@@ -147,18 +147,17 @@ class MemoryPlanner:
                 try:
                     with self._stage("placing LoRAs") as tick:
                         bring(tick)
-                except Interrupted:
-                    return  # the first forward places the rest, if there is one
-                except Exception as error:  # noqa: BLE001  a device can fail in any way
+                except PatchError as error:
                     if session.leave_out(error, bring):
                         patcher.refresh_loras()
                         continue
                 self._seconds += time.perf_counter() - start
                 self._log(patcher, decided)
                 return
-        except Exception:
-            session.clear()
-            raise
+        except Interrupted:
+            pass  # the first forward places the rest, if there is one
+        except Exception:  # the first forward places them as well
+            logger.exception("placing LoRAs failed; please report it with the console's log")
         finally:
             self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
