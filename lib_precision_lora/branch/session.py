@@ -46,7 +46,7 @@ from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
-from lib_precision_lora.branch.undo import Undo, run_back
+from lib_precision_lora.branch.undo import Undo, run_all, run_back
 from lib_precision_lora.ticks import Step, Steps, Tick, untold
 
 logger = logging.getLogger(__name__)
@@ -116,20 +116,25 @@ class PatchSession:
                 step()
                 with memory_for(name, piece_bytes(piece)):
                     self._put(name, site.module, piece, undo)
+            self.overhead.watch(self._timed_module())
         except BaseException:
             run_back(undo)
             raise
         self._fitted.keep_used()
         self._memo.keep_used()
-        self.overhead.watch(self._timed_module())
         self._patches = tuple(patches)
 
     def clear(self) -> None:
-        """Take everything off; the model's parameters are the objects they were."""
-        self._stream.forget()
-        self.overhead.watch(None)
+        """Take everything off; the model's parameters are the objects they were. Each part of it is done,
+        whichever other one fails."""
         self._patches = ()
-        take_off(self._attached, list(self._attached))
+        run_all(
+            [
+                self._stream.forget,
+                partial(self.overhead.watch, None),
+                partial(take_off, self._attached, list(self._attached)),
+            ]
+        )
 
     def clear_merged(self) -> None:
         """Take off what is merged, alone; the next `apply` merges it again."""

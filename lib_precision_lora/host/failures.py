@@ -17,25 +17,26 @@ from torch import nn
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.branch.rescue import Trial
 from lib_precision_lora.host.hosted import HostedSession
+from lib_precision_lora.host.memory import MemoryPlanner
 
 logger = logging.getLogger("lib_precision_lora")
 
 
 class ForwardFailures:
-    """sessions: those that there are, by model; loaded: the host's list of loaded models; place: brings a
-    patcher's factors to its device; tell: given a source (None: all) and a sentence; stop: raises where the
-    user wants no image without a LoRA."""
+    """sessions: those that there are, by model; loaded: the host's list of loaded models; memory: what places
+    factors; tell: given a source (None: all) and a sentence; stop: raises where the user wants no image
+    without a LoRA."""
 
     def __init__(
         self,
         sessions: Mapping[nn.Module, HostedSession],
         loaded: Callable[[], Sequence[Any]],
-        place: Callable[[Any], None],
+        memory: MemoryPlanner,
         tell: Callable[[str | None, str], None],
         stop: Callable[[], None],
     ) -> None:
         self._sessions, self._loaded = sessions, loaded
-        self._place, self._tell, self._stop = place, tell, stop
+        self._memory, self._tell, self._stop = memory, tell, stop
 
     def watch(self, model: nn.Module, session: HostedSession) -> None:
         """From now on a forward of this model goes on where a branch fails."""
@@ -56,10 +57,12 @@ class ForwardFailures:
         reason = f"it failed while the model was running ({type(error).__name__}: {error})"
         sentence = f"layer {name}: {reason}; what was computed before that has it"
         try:
-            if session.leave_out(PatchError(sentence, None, name), trial):
-                patcher = next(each.model for each in self._loaded() if each.model.model is model)
+            patcher = next(each.model for each in self._loaded() if each.model.model is model)
+            if session.leave_out(
+                PatchError(sentence, None, name), trial and self._after_placing(patcher, trial)
+            ):
                 patcher.refresh_loras()
-                self._place(patcher)
+                self._memory.place(patcher)
         except Exception:
             logger.exception("leaving out a LoRA that had failed failed, too")
             session.clear()
@@ -67,3 +70,10 @@ class ForwardFailures:
                 None, f"A LoRA was left out: all of them: {sentence}; please report it with the console's log"
             )
         self._stop()
+
+    def _after_placing(self, patcher: Any, trial: Trial) -> Trial:
+        def placed() -> None:
+            self._memory.bring(patcher)
+            trial()
+
+        return placed

@@ -21,12 +21,14 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.branch.undo import run_all
 from lib_precision_lora.host.budgeting import Budgeting
 from lib_precision_lora.host.division import only, source_of
 from lib_precision_lora.host.failures import ForwardFailures
@@ -87,7 +89,7 @@ class ForgeBinding:
         self._failures = ForwardFailures(
             self._sessions,
             lambda: memory_management.current_loaded_models,
-            self.memory.place,
+            self.memory,
             self._left_out,
             self._stop_if_set,
         )
@@ -246,11 +248,10 @@ class ForgeBinding:
 
     def _without_loras(self, lora_loader: Any, offload_device: torch.device) -> None:
         """Leave a model without any LoRA, as far as that can be done."""
+        session = self._sessions.get(lora_loader.model)
+        take_out = partial(self._host_refresh, lora_loader, {}, offload_device, True)
         try:
-            session = self._sessions.get(lora_loader.model)
-            if session is not None:
-                session.clear()
-            self._host_refresh(lora_loader, {}, offload_device, True)
+            run_all([take_out] if session is None else [session.clear, take_out])
         except Exception:
             logger.exception("taking LoRAs off failed, too; load the checkpoint anew")
 

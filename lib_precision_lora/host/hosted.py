@@ -151,8 +151,13 @@ class HostedSession:
         def attempt(some: Sequence[str]) -> None:
             left = [patch for patch in patches if patch.source in some or patch.source not in suspects]
             self._apply(left, *self._mode, untold)
-            assert trial is not None
-            trial()
+            try:
+                if trial is not None:
+                    trial()
+            except (PatchError, Interrupted):
+                raise
+            except Exception as failure:
+                raise PatchError(str(error), None, parameter) from failure
 
         self._signature = None
         if trial is None:
@@ -201,13 +206,13 @@ class HostedSession:
 
     def clear(self) -> None:
         """Take off everything that is ours; what the host has merged is the host's to take out."""
-        self._session.clear()
         self._signature = self._theirs = self._sketched = None
         self._values.clear()
         self._division.clear()
         self.host_layers = {}
         self._problems = []
         self._failed.clear()
+        self._session.clear()
 
     def try_again(self) -> None:
         """Where something was left out, try it once more at the next occasion."""

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -126,29 +127,34 @@ class MemoryPlanner:
         self._seconds = time.perf_counter() - start
         return reserve
 
+    def bring(self, patcher: Any, tick: Tick = untold) -> None:
+        """Bring the factors to where the plan wants them; streamed where there is no room after all.
+
+        Raises `PatchError` as `PatchSession.place` does.
+        """
+        session, decided = self._session(patcher.model), self._plans.get(patcher.model)
+        if decided is None or not session.attached:
+            return
+        device, dtype = patcher.load_device, activation_type(patcher.model)
+        try:
+            session.place(device, dtype, decided.resident, tick)
+        except PatchMemoryError as error:
+            logger.warning("%s; trying once more with factors streamed from RAM", error)
+            session.place(device, dtype, frozenset(), tick)
+
     def place(self, patcher: Any) -> None:
-        """Bring the factors to where the plan wants them; streamed where there is no room after all. A file
-        for which that fails is left out."""
+        """Bring the factors to the device; a file for which that fails is left out."""
         model, start = patcher.model, time.perf_counter()
         session, decided = self._session(model), self._plans.get(model)
         if decided is None:
             return
-        device, dtype = patcher.load_device, activation_type(model)
-
-        def bring(tick: Tick = untold) -> None:
-            try:
-                session.place(device, dtype, decided.resident, tick)
-            except PatchMemoryError as error:
-                logger.warning("%s; trying once more with factors streamed from RAM", error)
-                session.place(device, dtype, frozenset(), tick)
-
         try:
             while session.attached:
                 try:
                     with self._stage("placing LoRAs") as tick:
-                        bring(tick)
+                        self.bring(patcher, tick)
                 except PatchError as error:
-                    if session.leave_out(error, bring):
+                    if session.leave_out(error, partial(self.bring, patcher)):
                         patcher.refresh_loras()
                         continue
                 self._seconds += time.perf_counter() - start
