@@ -46,7 +46,7 @@ from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
 from lib_precision_lora.host.saving import Saving
 from lib_precision_lora.host.settings import Arithmetic, Settings, read_settings
-from lib_precision_lora.host.strengths import reportable, unreadable
+from lib_precision_lora.host.strengths import name_in, reportable, unreadable
 from lib_precision_lora.ui.choices import OURS
 
 logger = logging.getLogger("lib_precision_lora")
@@ -396,21 +396,19 @@ class ForgeBinding:
             settings, number = self.settings(), self.record.present.number
             if not settings.enabled:
                 return host_activate(extra_network, p, params_list)
-            reasons = [(params, unreadable(params)) for params in params_list]
-            refused = [(params, reason) for params, reason in reasons if reason is not None]
-            if refused:
-                params_list = [params for params, reason in reasons if reason is None]
+            refused: list[tuple[Any, str]] = []
             try:
-                result = host_activate(extra_network, p, params_list)
+                reasons = [(params, unreadable(params)) for params in params_list]
+                refused += [(params, reason) for params, reason in reasons if reason is not None]
+                readable = [params for params, reason in reasons if reason is None]
+                return host_activate(extra_network, p, readable if refused else params_list)
             except Exception as error:
                 if self.record.present.number == number:  # it did not come to load_networks
-                    names = [str(params.positional[0]) for params in params_list]
-                    self._load(names, (), (), settings, failure=error)
+                    self._load([name_in(params) for params in params_list], (), (), settings, error)
                 raise
             finally:
                 for params, reason in refused:
-                    self.loader.refuse(str(params.positional[0]) if params.positional else "", reason)
-            return result
+                    self.loader.refuse(name_in(params), reason)
 
         return activate
 

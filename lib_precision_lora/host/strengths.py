@@ -29,6 +29,11 @@ def unreadable(params: Any) -> str | None:
     return None
 
 
+def name_in(params: Any) -> str:
+    """The name in one `<lora:…>`; empty where there is none."""
+    return str(params.positional[0]) if params.positional else ""
+
+
 def reportable(strength: Any) -> float:
     """A strength for a report; 0 for one that is no number within fp32, which is then that of nothing."""
     return float(strength) if isinstance(strength, int | float) and abs(strength) <= LARGEST else 0.0
