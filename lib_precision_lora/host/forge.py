@@ -217,7 +217,8 @@ class ForgeBinding:
                     self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
                 else:
                     failed = not isinstance(problem, AttachInterrupted)
-                    self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
+                    said = f"A LoRA was left out: {problem}{self._acted_already(model, problem.source)}"
+                    self._left_out(problem.source, said, failed)
 
         return refresh
 
@@ -245,6 +246,16 @@ class ForgeBinding:
         seconds = time.perf_counter() - started
         self.record.present.followed(type(model).__name__, seconds, session.host_layers)
         return problems
+
+    def _acted_already(self, model: nn.Module, source: str | None) -> str:
+        """What is to be added where the diffusion model lacks a file, and the text encoders had it."""
+        if not hasattr(model, "diffusion_model"):
+            return ""
+        others = [self._sessions.get(patcher.model) for patcher in patchers_of(self._engine())]
+        there = any(
+            source in each.sources for each in others if each not in (None, self._sessions.get(model))
+        )
+        return "; its part for the text encoders has acted on the prompt" if there else ""
 
     def _without_loras(self, lora_loader: Any, offload_device: torch.device) -> None:
         """Leave a model without any LoRA, as far as that can be done."""

@@ -231,3 +231,41 @@ def test_factors_that_cannot_be_sent_ahead_come_when_it_is_their_turn(
         assert raised
         assert not report.left_out
         require_true(image, report, checkpoint, files)
+
+
+@pytest.mark.parametrize("text", [TEXT, "<lora:dogs:-0.75:0.25><lora:cats:0.5:0.5>"])
+def test_a_file_that_fails_in_the_text_encoder_is_left_out_of_the_model_too(
+    host: Host, checkpoint: Checkpoint, files: Mapping[str, LoraFile], text: str
+) -> None:
+    def in_the_encoder(model: Any, patches: Any, *args: Any, **kwargs: Any) -> bool:
+        dogs = any("dogs" in patch.source for patch in patches)
+        return dogs and not hasattr(model, "diffusion_model")
+
+    for _ in range(2):
+        with failing(REFRESHING["effective weights"], in_the_encoder) as raised:
+            image, report = reported(host, f"a cat{text}")
+        assert raised
+        assert [file.name for file in report.left_out] == ["dogs"]
+        assert len(image.comments) == 1
+        assert distance(image, exact_output(checkpoint, "a cat", active(files, "cats"))) < EXACT
+    require_right(host, checkpoint, files)
+
+
+def test_a_file_that_fails_in_the_model_alone_is_said_to_have_acted_on_the_prompt(
+    host: Host, checkpoint: Checkpoint, files: Mapping[str, LoraFile]
+) -> None:
+    """The conditioning is there before the model is loaded."""
+
+    def in_the_model(model: Any, patches: Any, *args: Any, **kwargs: Any) -> bool:
+        return hasattr(model, "diffusion_model") and any("dogs" in patch.source for patch in patches)
+
+    with failing(REFRESHING["effective weights"], in_the_model):
+        image, report = reported(host, f"a cat{TEXT}")
+        (comment,) = image.comments
+        assert comment.endswith("; its part for the text encoders has acted on the prompt")
+        assert [file.name for file in report.left_out] == ["dogs"]
+        there = [*active(files, "cats"), Active(files["dogs"], 0.0, te=-0.75)]
+        assert distance(image, exact_output(checkpoint, "a cat", there)) < EXACT
+        (comment,) = generate(host, "a cat<lora:dogs:0:1>").comments
+        assert "has acted" not in comment, "it had nothing to do there"
+    require_right(host, checkpoint, files)
