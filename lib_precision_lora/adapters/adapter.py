@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -45,15 +46,34 @@ def adapter_bytes(adapter: Adapter) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors())
 
 
+LARGEST = torch.finfo(torch.float32).max
+"""The largest number that the arithmetic of a branch can hold, about 3.4e38."""
+
+
 def require_finite(name: str, **tensors: Tensor | None) -> None:
-    """Raise `AdapterError` if a factor holds NaN or inf: the sum would spread it over the whole image."""
+    """Raise `AdapterError` if a factor holds NaN or inf: the sum would spread it over the whole image.
+
+    A finite fp64 value beyond fp32 is inf to all that is computed with it.
+    """
     for role, tensor in tensors.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if tensor is None:
+            continue
+        finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
+        if not finite.all():
+            count = int((~finite).sum())
+            what = "NaN or inf values" if not torch.isfinite(tensor).all() else f"values beyond {LARGEST:.3g}"
             raise AdapterError(
-                f"{name}: {role} holds {count} NaN or inf values of {tensor.numel()}; "
+                f"{name}: {role} holds {count} {what} of {tensor.numel()}; "
                 "the file is damaged or its training diverged, use another epoch of it"
             )
+
+
+def require_number(what: str, number: float) -> None:
+    """Raise `AdapterError` unless fp32 holds this number: NaN, inf, or finite and beyond it."""
+    if not math.isfinite(number):
+        raise AdapterError(f"{what} is {number}, it must be a finite number")
+    if abs(number) > LARGEST:
+        raise AdapterError(f"{what} is {number:.6g}, it must lie within ±{LARGEST:.3g}")
 
 
 def as_float_factor(name: str, role: str, tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from lib_precision_lora.branch.branch import Branch
 from lib_precision_lora.branch.compose import Piece
 from lib_precision_lora.branch.merged import Merged
 from lib_precision_lora.branch.overhead import OverheadMeter
+from lib_precision_lora.branch.rescue import Rescue, beside
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.undo import Undo, run_all
 
@@ -29,13 +30,17 @@ class Attached:
     detach: Callable[[], None]
 
 
-def attach(module: nn.Module, piece: Piece, meter: OverheadMeter) -> Attached:
+def attach(module: nn.Module, piece: Piece, meter: OverheadMeter, rescue: Rescue, name: str) -> Attached:
     """Make a branch run after the module's forward (and before it, where the input is widened), or put
-    other parameters in place. meter: what times the branch."""
+    other parameters in place.
+
+    meter: what times the branch; rescue: what goes on where it fails; name: the module's.
+    """
     if isinstance(piece, Shadow | Merged):
         piece.attach()
         return Attached(weakref.ref(module), piece, piece.detach)
-    handles: list[RemovableHandle] = [module.register_forward_hook(_hook(piece, meter), with_kwargs=True)]
+    run = _hook(piece, meter, rescue, name)
+    handles: list[RemovableHandle] = [module.register_forward_hook(run, with_kwargs=True)]
     wide_input = piece.wide_input
     if wide_input is not None:
 
@@ -70,24 +75,19 @@ def put_back_parameters(attached: dict[str, Attached]) -> None:
     take_off(attached, [name for name, here in attached.items() if shadows_of(here.piece)])
 
 
-def _hook(branch: Branch, meter: OverheadMeter) -> Callable[..., Tensor]:
+def _hook(branch: Branch, meter: OverheadMeter, rescue: Rescue, name: str) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         if branch.wide_input is not None:
             x = branch.wide_input.take()
-        if _autocast_enabled(output.device.type):
-            with torch.autocast(output.device.type, enabled=False):
-                return meter.timed(branch, module, x, output)
-        return meter.timed(branch, module, x, output)
+        if torch.compiler.is_compiling() or rescue.listener is None:
+            return meter.timed(beside, branch, module, x, output)
+        try:
+            return meter.timed(beside, branch, module, x, output)
+        except Exception as error:  # noqa: BLE001  a device can fail in any way
+            return rescue.output(name, module, x, lambda: module.forward(*args, **kwargs), error)
 
     return run
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch 2.3 asks without a device
-        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 def same_structure(present: Piece, wanted: Piece) -> bool:
@@ -111,6 +111,12 @@ def restrength(present: Piece, wanted: Piece, undo: Undo) -> None:
 
     undo.append(restore)
     present.restrength(wanted)  # type: ignore[arg-type]
+
+
+def branch_at(attached: Mapping[str, Attached], name: str) -> Branch | None:
+    """What runs beside the module of this name, if anything does."""
+    piece = attached[name].piece if name in attached else None
+    return None if isinstance(piece, Shadow | Merged) else piece
 
 
 def shadows_of(piece: Piece) -> tuple[Shadow, ...]:

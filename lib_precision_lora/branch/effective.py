@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,11 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters.adapter import Adapter, AdapterError
+from lib_precision_lora.adapters.adapter import Adapter, AdapterError, require_number
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Left, Right, Step, Turn
 from lib_precision_lora.branch.identity import exact_identity
 from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.number_range import Factors, largest_element, require_range
 from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.storage import StoredWeight
 
@@ -68,13 +68,18 @@ class EffectiveWeight:
         Raises `AdapterError` where the adapter does not fit, or a number is not finite.
         """
         start, length = self._range(rows)
-        if not math.isfinite(strength):
-            raise AdapterError(f"the strength is {strength}, it must be a finite number")
+        require_number("the strength", strength)
         adapter.check((length, *self.stored.shape[1:]))
         result = self
         for step in adapter.compose(self.running(start, length), strength):
+            require_range(step, self.largest)
             result = result.then(dataclasses.replace(step, start=step.start + start, stop=step.stop + start))
         return result
+
+    def largest(self, factors: Factors) -> float:
+        """A bound of the elements of a term: the product of the largest one of each of its tensors."""
+        key = "largest", tuple(id(tensor) for tensor in factors.tensors())
+        return float(self.memo.recall(key, factors, lambda: largest_element(factors)))
 
     def running(self, start: int, length: int) -> RunningRows:
         """What an adapter for these rows sees of the weight."""
@@ -86,8 +91,7 @@ class EffectiveWeight:
         Raises `AdapterError` where the rows are not there, or the factor is not finite.
         """
         start, length = self._range(rows)
-        if not math.isfinite(factor):
-            raise AdapterError(f"the base weight's factor is {factor}, it must be a finite number")
+        require_number("the base weight's factor", factor)
         return self.then(Left(start, start + length, Uniform(factor - 1.0)))
 
     def _range(self, rows: tuple[int, int] | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Collection, Sequence
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lib_precision_lora.branch.attach import (
     Attached,
     attach,
+    branch_at,
     put_back_parameters,
     restrength,
     same_structure,
@@ -36,14 +38,15 @@ from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.overhead import OverheadMeter
-from lib_precision_lora.branch.patch import Applied, Patch, PatchItem, resolve
+from lib_precision_lora.branch.patch import Applied, Patch, PatchError, PatchItem, resolve
 from lib_precision_lora.branch.policy import DensePolicy
 from lib_precision_lora.branch.product import Compute, choose_product
+from lib_precision_lora.branch.rescue import Rescue
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
-from lib_precision_lora.branch.undo import Undo, run_back
+from lib_precision_lora.branch.undo import Undo, run_all, run_back
 from lib_precision_lora.ticks import Step, Steps, Tick, untold
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,8 @@ class PatchSession:
     the session not at all. When it is gone, so are the parameters that stood in for the host's;
     hooks stay until `clear`.
 
-    timed: the name of the model's part of which one forward is a step; overhead: what branches cost in it.
+    timed: the name of the model's part of which one forward is a step; overhead: what branches cost in it;
+    rescue: what goes on where one fails in a forward.
     """
 
     def __init__(self, model: nn.Module, timed: str | None = None) -> None:
@@ -65,6 +69,7 @@ class PatchSession:
         self._timed = timed
         self.overhead = OverheadMeter()
         self._attached: dict[str, Attached] = {}
+        self.rescue = Rescue(partial(branch_at, self._attached))
         weakref.finalize(self, put_back_parameters, self._attached).atexit = False
         self._fitted = FittedAdapters()
         self._memo = Memo()
@@ -111,20 +116,25 @@ class PatchSession:
                 step()
                 with memory_for(name, piece_bytes(piece)):
                     self._put(name, site.module, piece, undo)
+            self.overhead.watch(self._timed_module())
         except BaseException:
             run_back(undo)
             raise
         self._fitted.keep_used()
         self._memo.keep_used()
-        self.overhead.watch(self._timed_module())
         self._patches = tuple(patches)
 
     def clear(self) -> None:
-        """Take everything off; the model's parameters are the objects they were."""
-        self._stream.forget()
-        self.overhead.watch(None)
+        """Take everything off; the model's parameters are the objects they were. Each part of it is done,
+        whichever other one fails."""
         self._patches = ()
-        take_off(self._attached, list(self._attached))
+        run_all(
+            [
+                self._stream.forget,
+                partial(self.overhead.watch, None),
+                partial(take_off, self._attached, list(self._attached)),
+            ]
+        )
 
     def clear_merged(self) -> None:
         """Take off what is merged, alone; the next `apply` merges it again."""
@@ -183,8 +193,9 @@ class PatchSession:
         """Bring the factors to where forwards on this device, with activations of this type, expect them.
 
         resident: the modules whose factors stay on the device, all where None; the others' stay in RAM and
-        are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory; the device
-        then holds no factors at all. tick: what it raises leaves the rest to their next forward.
+        are streamed. Raises `PatchMemoryError`, with layer and bytes, where there is no memory, and
+        `PatchError`, with the layer, for any other failure; the device then holds no factors at all. tick:
+        what it raises leaves the rest to their next forward.
         """
         device = torch.empty(0, device=device).device  # with the index that inputs have
         pieces = [(name, here.piece) for name, here in self._attached.items()]
@@ -201,6 +212,10 @@ class PatchSession:
             except torch.cuda.OutOfMemoryError as error:
                 self.release()
                 raise out_of_memory(name, branch.factor_bytes, error) from error
+            except Exception as error:
+                self.release()
+                reason = f"placing its factors on {device} failed ({type(error).__name__}: {error})"
+                raise PatchError(f"layer {name}: {reason}", None, name) from error
             finally:
                 branch.spare = self._stream
 
@@ -297,7 +312,7 @@ class PatchSession:
             return
         if present is not None:
             self._remove(name, undo)
-        self._attached[name] = attach(module, piece, self.overhead)
+        self._attached[name] = attach(module, piece, self.overhead, self.rescue, name)
         undo.append(lambda: self._attached.pop(name).detach())
 
     def _remove(self, name: str, undo: Undo) -> None:
@@ -307,7 +322,7 @@ class PatchSession:
             gone.detach()  # in case it was interrupted the first time
             module = gone.module()
             if module is not None:
-                self._attached[name] = attach(module, gone.piece, self.overhead)
+                self._attached[name] = attach(module, gone.piece, self.overhead, self.rescue, name)
 
         undo.append(put_back)
         gone.detach()

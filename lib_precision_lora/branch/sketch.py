@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add
 from lib_precision_lora.branch.effective import EffectiveWeight, RunningRows
+from lib_precision_lora.branch.number_range import Factors
 
 
 @dataclass(slots=True, eq=False)
@@ -60,3 +61,7 @@ class SketchedWeight(EffectiveWeight):
 
     def running(self, start: int, length: int) -> RunningRows:
         return SketchedRows(self, start, length)
+
+    def largest(self, factors: Factors) -> float:
+        """No tensor is looked at."""
+        return 1.0

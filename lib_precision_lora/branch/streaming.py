@@ -58,7 +58,10 @@ class FactorStream:
         following = self._following(owner)
         waiting = None if following is None else following.waiting_for(device)
         if waiting is not None and device.type == "cuda":
-            self._ahead = self._depart(waiting, device)
+            try:
+                self._ahead = self._depart(waiting, device)
+            except Exception as error:  # noqa: BLE001  no fault of this branch, whose own factors are there
+                logger.warning("factors of the next layer were not sent ahead, it asks again: %s", error)
         return here
 
     def forget(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from torch import nn
 
 from lib_precision_lora.branch import PatchError
 
@@ -12,20 +15,20 @@ class Attempts:
     """While the host loads models, one may be brought to its LoRAs more than once before it runs. What its
     forwards run with is what the last time has left; what failed before that is nobody's loss.
 
-    tell: given what was left out of one model.
+    tell: given a model, and what was left out of it.
     """
 
-    def __init__(self, tell: Callable[[Sequence[PatchError]], None]) -> None:
+    def __init__(self, tell: Callable[[nn.Module, Sequence[PatchError]], None]) -> None:
         self._tell = tell
         self._loading = 0
-        self._last: dict[int, Sequence[PatchError]] = {}
+        self._last: weakref.WeakKeyDictionary[nn.Module, Sequence[PatchError]] = weakref.WeakKeyDictionary()
 
-    def made(self, model: object, problems: Sequence[PatchError]) -> None:
+    def made(self, model: nn.Module, problems: Sequence[PatchError]) -> None:
         """A model was brought to its LoRAs, but for these problems."""
         if self._loading:
-            self._last[id(model)] = problems
+            self._last[model] = problems
         else:
-            self._tell(problems)
+            self._tell(model, problems)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -36,6 +39,6 @@ class Attempts:
         finally:
             self._loading -= 1
             if not self._loading:
-                last, self._last = self._last, {}
-                for problems in last.values():
-                    self._tell(problems)
+                last, self._last = self._last, weakref.WeakKeyDictionary()
+                for model, problems in last.items():
+                    self._tell(model, problems)

@@ -88,6 +88,15 @@ class Division:
         }
         return ours, {identifier: patches for identifier, patches in theirs.items() if patches}
 
+    def suspects(self, theirs: HostPatches) -> list[str]:
+        """The sources of what goes the host's own way, those with a patch that only the host understands
+        last."""
+        foreign = {source_of(identifier): False for identifier in theirs}
+        for identifier, patches in theirs.items():
+            values = (entry[1] for stack in patches.values() for entry in stack)
+            foreign[source_of(identifier)] |= any(self._made[id(value)][1] is None for value in values)
+        return sorted(foreign, key=lambda source: foreign[source])
+
     def _adapter(self, name: str, value: Any) -> Adapter | None:
         if id(value) in self._made:
             return self._made[id(value)][1]
@@ -139,6 +148,13 @@ def unreadable(theirs: HostPatches) -> list[PatchError]:
                 reason = f"layer {name}: the WebUI has a patch of its own there, which this kind cannot join"
                 problems.setdefault(source, PatchError(f"{source}: {reason}", source))
     return list(problems.values())
+
+
+def only(
+    host_patches: HostPatches, sources: Collection[str]
+) -> dict[Any, Mapping[str, Sequence[Sequence[Any]]]]:
+    """The patches of these sources, in the host's order."""
+    return {key: patches for key, patches in host_patches.items() if source_of(key) in sources}
 
 
 def source_of(identifier: Any) -> str:

@@ -8,6 +8,7 @@ LoadedModel.model_unload  take the factors off the device with the model
 sampling_prepare          how large the image is, for the plan
 has_online_lora           no: it would add factors to what we have planned, and cast ours in place
 networks.load_networks    read files, report what cannot be applied, keep one patcher per checkpoint
+ExtraNetworkLora.activate where the WebUI would stumble over one LoRA of the prompt, leave out that one
 get_state_dict_after_quant, save_unet, save_checkpoint     `saving.py`
 cached_params             text conditioning is cached by our settings and file versions as well
 
@@ -20,15 +21,18 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
+from lib_precision_lora.branch.undo import run_all
 from lib_precision_lora.host.attempts import Attempts
 from lib_precision_lora.host.budgeting import Budgeting
-from lib_precision_lora.host.division import source_of, strengths_of
+from lib_precision_lora.host.division import only, source_of, strengths_of
+from lib_precision_lora.host.failures import ForwardFailures
 from lib_precision_lora.host.files import LoraFiles
 from lib_precision_lora.host.generation_overrides import GenerationOverrides
 from lib_precision_lora.host.hosted import AttachInterrupted, HostedSession, StillMerged
@@ -42,7 +46,8 @@ from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.host.report import FileReport
 from lib_precision_lora.host.saving import Saving
-from lib_precision_lora.host.settings import Settings, read_settings
+from lib_precision_lora.host.settings import Arithmetic, Settings, read_settings
+from lib_precision_lora.host.strengths import name_in, reportable, unreadable
 from lib_precision_lora.memory.meter import PeakMeter
 from lib_precision_lora.ui.choices import OURS
 
@@ -56,6 +61,7 @@ class ForgeBinding:
     """All that is swapped while the extension is loaded; switched off, it passes everything through."""
 
     def __init__(self) -> None:
+        import extra_networks_lora
         import networks
         from backend import memory_management, utils
         from backend.diffusion_engine.base import ForgeDiffusionEngine
@@ -83,6 +89,13 @@ class ForgeBinding:
         self.memory = MemoryPlanner(
             memory_management, budgeting, self._planning, self._session, self._left_out, self.progress.stage
         )
+        self._failures = ForwardFailures(
+            self._sessions,
+            lambda: memory_management.current_loaded_models,
+            self.memory,
+            self._left_out,
+            self._stop_if_set,
+        )
         files = LoraFiles(limit=lambda: self.settings().cache_bytes, stage=self.progress.stage)
         self.loader = NetworkLoader(files, self.notices, self.record, self.progress)
         saving = Saving(self._sessions, Progress(NoJob).stage, self._prompted)
@@ -96,6 +109,7 @@ class ForgeBinding:
             Replacement(memory_management.LoadedModel, "model_load", self._make_model_load),
             Replacement(memory_management.LoadedModel, "model_unload", self._make_model_unload),
             Replacement(networks, "load_networks", self._make_load_networks),
+            Replacement(extra_networks_lora.ExtraNetworkLora, "activate", self._make_activate),
             Replacement(processing.StableDiffusionProcessing, "cached_params", self._make_cached_params),
             *saving.replacements(utils, ForgeDiffusionEngine),
         ]
@@ -106,6 +120,11 @@ class ForgeBinding:
     def settings(self) -> Settings:
         """The user's, with what the generation that runs overrides."""
         return self.overrides.overlaid(read_settings(self._shared.opts))
+
+    def _engine(self) -> Any:
+        from modules import sd_models
+
+        return sd_models.model_data.get_sd_model()
 
     def sessions(self) -> Mapping[nn.Module, HostedSession]:
         """The models on which something was attached, with their sessions."""
@@ -194,38 +213,49 @@ class ForgeBinding:
                     force_refresh = True
                 host_refresh(lora_loader, lora_patches, offload_device, force_refresh)
                 return
-            session = self._session(model)
-            left_out = self.memory.left_out(model)
-            if left_out:
-                fitting = (key for key in lora_patches if source_of(key) not in left_out)
-                lora_patches = {key: lora_patches[key] for key in fitting}
-
-            def merge(host_patches: Any) -> None:
-                host_refresh(lora_loader, host_patches, offload_device, True)
-
-            started = time.perf_counter()
             try:
-                with self.progress.stage("attaching LoRAs") as tick:
-                    problems = session.follow(model, lora_patches, settings.arithmetic, merge, tick)
+                problems = self._follow(lora_loader, lora_patches, settings.arithmetic, offload_device)
             except Exception as error:  # out of here, it would leave the host's list of loaded models wrong
                 logger.exception("following the WebUI's LoRAs failed")
-                session.clear()
                 reason = f"attaching failed ({type(error).__name__}: {error})"
                 problems = [PatchError(f"all of them: {reason}; please report it with the console's log")]
-            self._followed(model, lora_patches, problems, time.perf_counter() - started)
-            if (left_out or problems) and not hasattr(model, "diffusion_model"):
+                self._without_loras(lora_loader, offload_device)
+            if problems and not hasattr(model, "diffusion_model"):
                 self._incomplete += 1
             self._attempts.made(model, problems)
 
         return refresh
 
+    def _follow(
+        self, lora_loader: Any, lora_patches: Any, arithmetic: Arithmetic, offload_device: torch.device
+    ) -> Sequence[PatchError]:
+        """Bring a model to these patches, but for files that have no room, or have failed in another model
+        of the checkpoint; the reason for each that fails here."""
+        model = lora_loader.model
+        session = self._session(model)
+        left_out = self.memory.left_out(model)
+        if left_out and not hasattr(model, "diffusion_model"):
+            self._incomplete += 1
+        models = [patcher.model for patcher in patchers_of(self._engine())]
+        if any(each is model for each in models):
+            left_out |= self._failures.elsewhere(model, models)
+        fitting = {source_of(key) for key in lora_patches} - left_out
+
+        def merge(host_patches: Any) -> None:
+            self._host_refresh(lora_loader, host_patches, offload_device, True)
+
+        started = time.perf_counter()
+        patches = only(lora_patches, fitting)
+        with self.progress.stage("attaching LoRAs") as tick:
+            problems = session.follow(model, patches, arithmetic, merge, tick)
+        if any(each is model for each in models):
+            self._followed(model, patches, problems, time.perf_counter() - started)
+        return problems
+
     def _followed(
         self, model: nn.Module, patches: Any, problems: Sequence[PatchError], seconds: float
     ) -> None:
         """Into the report: what stands on one of the checkpoint's models now."""
-        engine = self._sd_models.model_data.get_sd_model()
-        if all(patcher.model is not model for patcher in patchers_of(engine)):
-            return
         left_out = {problem.source for problem in problems if not isinstance(problem, StillMerged)}
         self.record.present.followed(
             type(model).__name__,
@@ -235,14 +265,34 @@ class ForgeBinding:
             strengths_of(patches, left_out),
         )
 
-    def _tell(self, problems: Sequence[PatchError]) -> None:
+    def _tell(self, model: nn.Module, problems: Sequence[PatchError]) -> None:
         """What was left out of a model that is loaded."""
         for problem in problems:
             if isinstance(problem, StillMerged):
                 self.notices.problem("what the WebUI has merged", f"A former LoRA is active: {problem}")
             else:
                 failed = not isinstance(problem, AttachInterrupted)
-                self._left_out(problem.source, f"A LoRA was left out: {problem}", failed)
+                said = f"A LoRA was left out: {problem}{self._acted_already(model, problem.source)}"
+                self._left_out(problem.source, said, failed)
+
+    def _acted_already(self, model: nn.Module, source: str | None) -> str:
+        """What is to be added where the diffusion model lacks a file, and the text encoders had it."""
+        if not hasattr(model, "diffusion_model"):
+            return ""
+        others = [self._sessions.get(patcher.model) for patcher in patchers_of(self._engine())]
+        there = any(
+            source in each.sources for each in others if each not in (None, self._sessions.get(model))
+        )
+        return "; its part for the text encoders has acted on the prompt" if there else ""
+
+    def _without_loras(self, lora_loader: Any, offload_device: torch.device) -> None:
+        """Leave a model without any LoRA, as far as that can be done."""
+        session = self._sessions.get(lora_loader.model)
+        take_out = partial(self._host_refresh, lora_loader, {}, offload_device, True)
+        try:
+            run_all([take_out] if session is None else [session.clear, take_out])
+        except Exception:
+            logger.exception("taking LoRAs off failed, too; load the checkpoint anew")
 
     def _left_out(self, source: str | None, message: str, failed: bool = True) -> None:
         """Tell page, log and report; source: the file as the host's patchers know it, None: all; failed:
@@ -253,6 +303,7 @@ class ForgeBinding:
     def _session(self, model: nn.Module) -> HostedSession:
         if model not in self._sessions:
             self._sessions[model] = HostedSession(model)
+            self._failures.watch(model, self._sessions[model])
         return self._sessions[model]
 
     def _make_load_models(self, host_load: Callable[..., None]) -> Callable[..., None]:
@@ -331,29 +382,75 @@ class ForgeBinding:
         def load_networks(
             names: Any, te_multipliers: Any = None, unet_multipliers: Any = None, dyn_dims: Any = None
         ) -> None:
-            self.notices.begin()
-            for session in self._sessions.values():
-                session.try_again()
-                session.overhead.reset()
             settings = self.settings()
             if settings.enabled:
-                self.record.begin(OURS, settings.arithmetic.compute, settings.text_encoders)
-                self.loader.load(
-                    names, te_multipliers, unet_multipliers, settings.text_encoders, settings.detailed_log
-                )
-            else:
-                self.stand_back()
-                present = self.record.begin(WEBUI, "")
-                for file in zip(names, unet_multipliers or (), te_multipliers or (), strict=False):
-                    present.add(FileReport(*file))
-                try:
-                    with self.overrides.hosts_loader():
-                        host_load(names, te_multipliers, unet_multipliers, dyn_dims)
-                except Exception as error:
-                    present.problem(None, f"the WebUI's own loading failed ({type(error).__name__}: {error})")
-                    raise
+                self._load(names, te_multipliers, unet_multipliers, settings)
+                return
+            self._begin_set(WEBUI, "")
+            self.stand_back()
+            present = self.record.present
+            for file in zip(names, unet_multipliers or (), te_multipliers or (), strict=False):
+                present.add(FileReport(file[0], *map(reportable, file[1:])))
+            try:
+                with self.overrides.hosts_loader():
+                    host_load(names, te_multipliers, unet_multipliers, dyn_dims)
+            except Exception as error:
+                present.problem(None, f"the WebUI's own loading failed ({type(error).__name__}: {error})")
+                raise
 
         return load_networks
+
+    def _begin_set(self, patcher: str, compute: str, text_encoders: bool = True) -> None:
+        """The prompt's LoRAs are being set."""
+        self.record.begin(patcher, compute, text_encoders)
+        self.notices.begin()
+        for session in self._sessions.values():
+            session.try_again()
+            session.overhead.reset()
+
+    def _load(
+        self,
+        names: Sequence[str],
+        te_multipliers: Sequence[float],
+        unet_multipliers: Sequence[float],
+        settings: Settings,
+        failure: Exception | None = None,
+    ) -> None:
+        """Set these LoRAs; where that fails as a whole, none, and say so: the host would keep silent, and
+        sample with the former ones. failure: what has failed before."""
+        try:
+            self._begin_set(OURS, settings.arithmetic.compute, settings.text_encoders)
+            if failure is not None:
+                raise failure
+            self.loader.load(
+                names, te_multipliers, unet_multipliers, settings.text_encoders, settings.detailed_log
+            )
+        except Exception as error:
+            logger.exception("setting the prompt's LoRAs failed")
+            self.loader.take_off()
+            reason = f"setting the prompt's LoRAs failed ({type(error).__name__}: {error})"
+            self.loader.refuse_all(names, f"{reason}; please report it with the console's log")
+
+    def _make_activate(self, host_activate: Callable[..., Any]) -> Callable[..., Any]:
+        def activate(extra_network: Any, p: Any, params_list: Any) -> Any:
+            settings, number = self.settings(), self.record.present.number
+            if not settings.enabled:
+                return host_activate(extra_network, p, params_list)
+            refused: list[tuple[Any, str]] = []
+            try:
+                reasons = [(params, unreadable(params)) for params in params_list]
+                refused += [(params, reason) for params, reason in reasons if reason is not None]
+                readable = [params for params, reason in reasons if reason is None]
+                return host_activate(extra_network, p, readable if refused else params_list)
+            except Exception as error:
+                if self.record.present.number == number:  # it did not come to load_networks
+                    self._load([name_in(params) for params in params_list], (), (), settings, error)
+                raise
+            finally:
+                for params, reason in refused:
+                    self.loader.refuse(name_in(params), reason)
+
+        return activate
 
     def _make_cached_params(self, host_params: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def cached_params(processing: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import (
+    Compute,
     DensePolicy,
     EffectiveWeight,
     Patch,
@@ -20,8 +21,10 @@ from lib_precision_lora.branch import (
 from lib_precision_lora.branch.fitted import FittedAdapters
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.branch.overhead import OverheadMeter
+from lib_precision_lora.branch.rescue import Rescue, Trial
 from lib_precision_lora.branch.sites import Site
-from lib_precision_lora.host.division import Division, HostPatches, flat, source_of, unreadable
+from lib_precision_lora.host.blame import blamed, problem_of
+from lib_precision_lora.host.division import Division, HostPatches, flat, only, source_of, unreadable
 from lib_precision_lora.host.progress import Interrupted
 from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -36,6 +39,15 @@ class AttachInterrupted(PatchError):
 
 class StillMerged(PatchError):
     """The host could not take out what it had merged: no file's fault, and tried again at each occasion."""
+
+
+class MergeError(PatchError):
+    """The host could not merge its part. suspects: whose patches that was, those that it alone understands
+    last: they are to blame sooner than what we could have attached."""
+
+    def __init__(self, message: str, suspects: Sequence[str]) -> None:
+        super().__init__(message)
+        self.suspects = tuple(suspects)
 
 
 class HostedSession:
@@ -53,6 +65,8 @@ class HostedSession:
         self._theirs: object = None
         self.host_layers: dict[str, int] = {}
         self._problems: list[PatchError] = []
+        self._failed: dict[str, PatchError] = {}
+        self._mode: tuple[Compute, DensePolicy] = ("auto", "branch")
         self._sketched: tuple[object, Mapping[str, Footprint]] | None = None
         self._fitted: FittedAdapters | None = None
 
@@ -83,9 +97,13 @@ class HostedSession:
             return self._problems
         self._signature = None
         self._division.take_norm_of(arithmetic.stock_dora_norm)
-        problems: list[PatchError] = []
+        problems = list(self._failed.values())
+
+        def attempt(patches: HostPatches) -> None:
+            self._attempt(model, patches, arithmetic, merge, tick)
+
         try:
-            self._bring(model, host_patches, arithmetic, merge, tick, problems)
+            self._bring(host_patches, attempt, problems)
         except Interrupted:
             problems += self._take_off(host_patches, {problem.source for problem in problems}, merge)
         if self._theirs is None:
@@ -117,6 +135,45 @@ class HostedSession:
             self._sketched = signature, sketched
         return self._sketched[1]
 
+    def leave_out(self, error: Exception, trial: Trial | None) -> bool:
+        """Something has failed after it was attached: the next `follow` leaves out the source that is to
+        blame, until `try_again`.
+
+        trial: does again what has failed, with what is attached by then; None: everything that is attached
+        where the error came up is to blame. Returns whether there is such a source; where there is none, all
+        are attached, and the trial has succeeded.
+        """
+        patches, parameter = self._session.patches, getattr(error, "parameter", None)
+        sources = list(dict.fromkeys(patch.source for patch in patches if not patch.changes_nothing))
+        concerned = {patch.source for patch in patches if _at(patch.target.parameter, parameter)}
+        suspects = [source for source in sources if source in concerned] or sources
+
+        def attempt(some: Sequence[str]) -> None:
+            left = [patch for patch in patches if patch.source in some or patch.source not in suspects]
+            self._apply(left, *self._mode, untold)
+            try:
+                if trial is not None:
+                    trial()
+            except (PatchError, Interrupted):
+                raise
+            except Exception as failure:
+                raise PatchError(str(error), None, parameter) from failure
+
+        self._signature = None
+        if trial is None:
+            problems = [problem_of(error, source) for source in suspects]
+        else:
+            problem = blamed(error, suspects, attempt)
+            problems = [] if problem is None else [problem]
+        self._failed |= {problem.source: problem for problem in problems if problem.source is not None}
+        return bool(problems)
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """The sources that were left out because they failed."""
+        problems = (each for each in self._problems if not isinstance(each, AttachInterrupted))
+        return frozenset(problem.source for problem in problems if problem.source is not None)
+
     def place(
         self,
         device: torch.device,
@@ -142,19 +199,27 @@ class HostedSession:
         """What branches cost in a forward of the diffusion model."""
         return self._session.overhead
 
+    @property
+    def rescue(self) -> Rescue:
+        """What goes on where a branch fails in a forward."""
+        return self._session.rescue
+
     def clear(self) -> None:
         """Take off everything that is ours; what the host has merged is the host's to take out."""
-        self._session.clear()
         self._signature = self._theirs = self._sketched = None
         self._values.clear()
         self._division.clear()
         self.host_layers = {}
         self._problems = []
+        self._failed.clear()
+        self._session.clear()
 
     def try_again(self) -> None:
         """Where something was left out, try it once more at the next occasion."""
-        if self._problems:
+        if self._problems or self._failed:
             self._signature = None
+        self._problems = []
+        self._failed.clear()
 
     def release(self) -> None:
         """The host takes the model off its device: the factors go too, until the next forward."""
@@ -186,35 +251,78 @@ class HostedSession:
 
     def _bring(
         self,
+        host_patches: HostPatches,
+        attempt: Callable[[HostPatches], None],
+        problems: list[PatchError],
+    ) -> None:
+        """Attempt all sources but those of the problems, and with each failure one less; the reasons go to
+        the problems."""
+        sources = list(dict.fromkeys(source_of(identifier) for identifier in host_patches))
+        while True:
+            left = [source for source in sources if source not in {problem.source for problem in problems}]
+            try:
+                attempt(only(host_patches, left))
+                return
+            except Interrupted:
+                raise
+            except Exception as error:
+                if not left:
+                    raise
+                suspects = self._suspects(error, host_patches, left)
+                others = [source for source in left if source not in suspects]
+                if not isinstance(error, PatchError) or error.source is None:
+                    self._session.clear()
+                problem = blamed(
+                    error, suspects, lambda some, others=others: attempt(only(host_patches, [*others, *some]))
+                )
+            if problem is None:
+                return
+            problems.append(problem)
+
+    def _suspects(self, error: Exception, host_patches: HostPatches, sources: list[str]) -> list[str]:
+        """The sources that may be to blame, of these: those that the error is about, where it says so."""
+        if isinstance(error, MergeError):
+            return list(error.suspects)
+        parameter = error.parameter if isinstance(error, PatchError) else None
+        names = {source: set[str]() for source in sources}
+        for identifier, patches in host_patches.items():
+            if source_of(identifier) in names:
+                names[source_of(identifier)] |= patches.keys()
+        here = [source for source in sources if any(_at(name, parameter) for name in names[source])]
+        return here or sources
+
+    def _attempt(
+        self,
         model: nn.Module,
         host_patches: HostPatches,
         arithmetic: Arithmetic,
         merge: Callable[[HostPatches], None],
         tick: Tick,
-        problems: list[PatchError],
     ) -> None:
-        """The host's part first, then ours. Where one part of a source fails, the other is taken off again;
-        the reason goes to the problems, of which one without a source is everybody's."""
-        while True:
-            left_out = {problem.source for problem in problems}
-            left = {} if None in left_out else host_patches
-            left = {key: patches for key, patches in left.items() if source_of(key) not in left_out}
-            ours, theirs = self._division.divide(model, left)
-            failed = unreadable(theirs)
-            if not failed and flat(theirs) != self._theirs:
-                self._session.clear()
-                failed = self._merge(theirs, merge)
-            if not failed:
-                failed = self._apply(model, ours, arithmetic, tick)
-                if not failed or not theirs:
-                    problems += failed
-                    self.host_layers = {source_of(key): len(patches) for key, patches in theirs.items()}
-                    return
-            problems += failed
+        """The host's part first, then ours. Raises where a part of it fails.
 
-    def _merge(self, theirs: HostPatches, merge: Callable[[HostPatches], None]) -> list[PatchError]:
-        """Have the host merge its part. Where it fails, it takes all of it out again, and every source of
-        it is left out."""
+        A patch of ours that the host cannot read beside its own is refused only where the host could merge
+        that own one.
+        """
+        ours, theirs = self._division.divide(model, host_patches)
+        refused = unreadable(theirs)
+        sources = dict.fromkeys(source_of(identifier) for identifier in theirs)
+        mergeable = only(theirs, sources.keys() - {problem.source for problem in refused})
+        if flat(mergeable) != self._theirs:
+            self._session.clear()
+            self._merge(mergeable, merge, self._division.suspects(theirs))
+        if refused:
+            raise refused[0]
+        self._apply(ours, arithmetic.compute, _policy(model, arithmetic), tick)
+        self.host_layers = {source_of(key): len(patches) for key, patches in theirs.items()}
+
+    def _merge(
+        self, theirs: HostPatches, merge: Callable[[HostPatches], None], suspects: Sequence[str] = ()
+    ) -> None:
+        """Have the host merge its part. Where it fails, it takes all of it out again.
+
+        Raises `MergeError` for what it could not merge; where it could not take out, `_theirs` stays None.
+        """
         self._theirs = None
         try:
             merge(theirs)
@@ -224,11 +332,12 @@ class HostedSession:
                 merge({})
             except Exception:
                 logger.exception("taking the failed merge out failed as well; reload the checkpoint")
+            if not theirs:
+                return
             reason = f"the WebUI's own merge failed ({type(error).__name__}: {error})"
-            sources = dict.fromkeys(source_of(identifier) for identifier in theirs)
-            return [PatchError(f"{source}: {reason}", source) for source in sources]
+            present = {source_of(identifier) for identifier in theirs}
+            raise MergeError(reason, [source for source in suspects if source in present]) from error
         self._theirs = flat(theirs)
-        return []
 
     def _take_off(
         self, host_patches: HostPatches, left_out: set[str | None], merge: Callable[[HostPatches], None]
@@ -242,59 +351,17 @@ class HostedSession:
         sources = dict.fromkeys(source_of(identifier) for identifier in host_patches)
         return [AttachInterrupted(f"{each}: {reason}", each) for each in sources if each not in left_out]
 
-    def _apply(
-        self, model: nn.Module, patches: list[Patch], arithmetic: Arithmetic, tick: Tick
-    ) -> list[PatchError]:
-        """Attach as many sources as can be; each that fails is left out whole. Where a stack fails and not
-        one of its parts, the last of them goes first."""
-        problems: list[PatchError] = []
-        dense, released = _policy(model, arithmetic), False
-        while True:
-            try:
-                self._session.apply_patches(patches, arithmetic.compute, dense, tick)
-                if self._session.merged:
-                    logger.info("%d layers are merged", len(self._session.merged))
-                return problems
-            except PatchError as error:
-                if isinstance(error, PatchMemoryError) and not released:
-                    logger.warning("%s; trying once more with the factors of all layers in RAM", error)
-                    self._session.release()
-                    released = True
-                    continue
-                source = error.source or _last_source(patches, error.parameter)
-                message = str(error) if error.source is not None else f"{source or 'all of them'}: {error}"
-                # a new error: the raised one's traceback would keep the model alive
-                problems.append(PatchError(message, source))
-                patches = [patch for patch in patches if source is not None and patch.source != source]
-            except Interrupted:
-                raise
-            except Exception:
-                logger.exception("attaching LoRAs failed; they are tried one after the other")
-                problem = self._first_that_fails(patches, arithmetic, dense, tick)
-                if problem is None:
-                    return problems
-                problems.append(problem)
-                patches = [patch for patch in patches if patch.source != problem.source]
-
-    def _first_that_fails(
-        self, patches: Sequence[Patch], arithmetic: Arithmetic, dense: DensePolicy, tick: Tick
-    ) -> PatchError | None:
-        """Whose a failure is that does not say so: the first source that cannot be attached after those
-        before it. None where all can, which then are."""
-        self._session.clear()
-        sources = list(dict.fromkeys(patch.source for patch in patches))
-        for count, source in enumerate(sources, 1):
-            some = [patch for patch in patches if patch.source in sources[:count]]
-            try:
-                self._session.apply_patches(some, arithmetic.compute, dense, tick)
-            except Interrupted:
-                raise
-            except Exception as error:
-                logger.exception("attaching %s failed", source)
-                self._session.clear()
-                reason = f"attaching failed ({type(error).__name__}: {error})"
-                return PatchError(f"{source}: {reason}; please report it with the console's log", source)
-        return None
+    def _apply(self, patches: Sequence[Patch], compute: Compute, dense: DensePolicy, tick: Tick) -> None:
+        """Attach these; where a device has no memory, once more with the factors of all layers in RAM."""
+        self._mode = compute, dense
+        try:
+            self._session.apply_patches(patches, compute, dense, tick)
+        except PatchMemoryError as error:
+            logger.warning("%s; trying once more with the factors of all layers in RAM", error)
+            self._session.release()
+            self._session.apply_patches(patches, compute, dense, tick)
+        if self._session.merged:
+            logger.info("%d layers are merged", len(self._session.merged))
 
 
 def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
@@ -302,11 +369,6 @@ def _policy(model: nn.Module, arithmetic: Arithmetic) -> DensePolicy:
     return "branch" if getattr(model, "computation_dtype", None) == torch.bfloat16 else arithmetic.dense
 
 
-def _last_source(patches: Sequence[Patch], place: str | None) -> str | None:
-    """The last source that patches this parameter, or one of this module; None where there is none."""
-    here = [
-        patch.source
-        for patch in patches
-        if place is not None and place in (patch.target.parameter, patch.target.parameter.rpartition(".")[0])
-    ]
-    return here[-1] if here else None
+def _at(name: Any, parameter: str | None) -> bool:
+    """Whether a parameter's name is this one, or that of a part of this module."""
+    return parameter is not None and parameter in (str(name), str(name).rpartition(".")[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from lib_precision_lora.adapters.adapter import AdapterError, require_number
 from lib_precision_lora.host.files import FileInterrupted, FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.notices import Notices
@@ -16,6 +18,7 @@ from lib_precision_lora.host.patchers import KeptPatchers
 from lib_precision_lora.host.progress import Interrupted, Progress
 from lib_precision_lora.host.record import Record
 from lib_precision_lora.host.report import FileReport
+from lib_precision_lora.host.strengths import reportable
 from lib_precision_lora.names.architectures import by_kind, describe_leftover
 
 logger = logging.getLogger("lib_precision_lora")
@@ -77,28 +80,60 @@ class NetworkLoader:
         matches: dict[Stamp, FileMatch] = {}
         versions: list[Stamp | None] = []
         for name, te_multiplier, unet in zip(names, te_multipliers, unet_multipliers, strict=True):
-            te = te_multiplier if text_encoders else 0.0
+            te, before = te_multiplier if text_encoders else 0.0, kept.patches()
             try:
-                stamp, match, network = self._read(engine, name)
+                with self._blamed(name):
+                    stamp, match, network = self._read(engine, name, unet, te)
+                    source = kept.add(network.network_on_disk.filename, match, unet, te)
+                    report = report_file(name, match, unet, te, self._files.digests[stamp].digest)
+                    log_applied(name, match, unet, te, None if detailed_log else LOGGED_KEYS)
             except FileProblem as problem:
-                sentence = f"LoRA {name} was left out: {problem}"
-                self._notices.problem(name, sentence, failed=not isinstance(problem, FileInterrupted))
-                self._record.present.add(FileReport(name, unet, te, problem=sentence))
+                kept.put_back(before)
+                self.refuse(name, str(problem), unet, te, failed=not isinstance(problem, FileInterrupted))
                 versions.append(None)
                 continue
-            path = network.network_on_disk.filename
-            source = kept.add(path, match, unet, te)
-            digest = self._files.digests[stamp].digest
-            self._record.present.add(report_file(name, match, unet, te, digest), source, path)
+            self._record.present.add(report, source, network.network_on_disk.filename)
             matches[stamp] = match
             versions.append(stamp)
             networks.loaded_networks.append(network)
-            log_applied(name, match, unet, te, None if detailed_log else LOGGED_KEYS)
         self.versions = tuple(versions)
         self._matches[engine.forge_objects_original.unet.model] = matches
         self._use(engine, kept)
         if hasattr(engine, "comments"):  # the WebUI gives it to an engine when a generation begins
             self._notices.show(comment_once(engine.comments), engine.extra_generation_params)
+
+    def refuse(self, name: str, reason: str, unet: float = 0.0, te: float = 0.0, failed: bool = True) -> None:
+        """Say that a LoRA of the prompt was left out. failed: False where the user wanted it so."""
+        sentence = f"LoRA {name} was left out: {reason}"
+        self._notices.problem(name, sentence, failed)
+        self._record.present.add(FileReport(name, reportable(unet), reportable(te), problem=sentence))
+
+    def refuse_all(self, names: Sequence[str], reason: str) -> None:
+        """Say that not one of these LoRAs is applied, whatever was said of them before."""
+        present = self._record.present
+        known = {entry.file.name for entry in present.entries}
+        for name in dict.fromkeys(names):
+            if name in known:
+                self._notices.problem(name, f"LoRA {name} was left out: {reason}")
+            else:
+                self.refuse(name, reason)
+        present.problem(None, f"No LoRA was applied: {reason}")
+
+    def take_off(self) -> None:
+        """Let the current checkpoint go on without LoRAs, as far as that can be done."""
+        import networks
+        from modules import sd_models
+
+        self.versions = ()
+        networks.loaded_networks.clear()
+        for kept in self._patchers.values():
+            kept.put_back({})
+        engine = sd_models.model_data.get_sd_model()
+        try:
+            if engine is not None:
+                self._use(engine, None)
+        except Exception:
+            logger.exception("giving the checkpoint its own patchers back failed; ours hold no LoRA")
 
     def match(self, engine: Any, name: str) -> tuple[str, FileMatch]:
         """The path of the file of this name, and what it would do to the checkpoint; nothing is applied, and
@@ -130,26 +165,35 @@ class NetworkLoader:
         engine.forge_objects.clip = original.clip if kept is None else kept.clip
         engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
 
-    def _read(self, engine: Any, name: str) -> tuple[Stamp, FileMatch, Any]:
+    def _read(self, engine: Any, name: str, unet: float, te: float) -> tuple[Stamp, FileMatch, Any]:
         """The file of this name: its version, its patches, and how the WebUI lists it.
 
-        Raises `FileProblem`, for whatever reason; any other exception the WebUI would swallow, and sample
-        with the former LoRAs.
+        Raises `AdapterError` for strengths that are none, and `FileProblem`.
         """
         import networks
 
+        require_number("its strength", unet)
+        require_number("its strength in the text encoders", te)
+        on_disk = find_network(networks, name)
+        stamp = Stamp.of(on_disk.filename)
+        match = self._match(engine, on_disk.name, stamp)
+        network = networks.load_network(name, on_disk)
+        network.mentioned_name = name
+        weights_digest = self._files.digests[stamp].weights_digest
+        if on_disk.hash != weights_digest:  # what the WebUI knows may be a former file's
+            on_disk.set_hash(weights_digest)
+        return stamp, match, network
+
+    @contextmanager
+    def _blamed(self, name: str) -> Iterator[None]:
+        """Whatever fails within is this file's: a `FileProblem`. Any other exception the WebUI would swallow,
+        and sample with the former LoRAs."""
         try:
-            on_disk = find_network(networks, name)
-            stamp = Stamp.of(on_disk.filename)
-            match = self._match(engine, on_disk.name, stamp)
-            network = networks.load_network(name, on_disk)
-            network.mentioned_name = name
-            weights_digest = self._files.digests[stamp].weights_digest
-            if on_disk.hash != weights_digest:  # what the WebUI knows may be a former file's
-                on_disk.set_hash(weights_digest)
-            return stamp, match, network
+            yield
         except FileProblem:
             raise
+        except AdapterError as error:
+            raise FileProblem(str(error)) from error
         except Interrupted as interrupted:
             raise FileInterrupted(
                 "the generation was interrupted while it was being read; the next one reads it again"

@@ -6,17 +6,17 @@ on the card already it would leave as it is; where that leaves too little, it is
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.branch import PatchMemoryError
+from lib_precision_lora.branch import PatchError, PatchMemoryError
 from lib_precision_lora.host.budgeting import Budgeting, activation_type
 from lib_precision_lora.host.division import source_of
 from lib_precision_lora.host.hosted import HostedSession
@@ -24,6 +24,7 @@ from lib_precision_lora.host.planning import UNPLANNED, ModelPlan, Planning
 from lib_precision_lora.host.progress import Interrupted, Stage
 from lib_precision_lora.memory import Plan
 from lib_precision_lora.memory.budget import megabytes
+from lib_precision_lora.ticks import Tick, untold
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -123,24 +124,39 @@ class MemoryPlanner:
         self._seconds = time.perf_counter() - start
         return reserve
 
-    def place(self, patcher: Any) -> None:
-        """Bring the factors to where the plan wants them; streamed where there is no room after all."""
-        model, start = patcher.model, time.perf_counter()
-        session, decided = self._session(model), self._plans.get(model)
+    def bring(self, patcher: Any, tick: Tick = untold) -> None:
+        """Bring the factors to where the plan wants them; streamed where there is no room after all.
+
+        Raises `PatchError` as `PatchSession.place` does.
+        """
+        session, decided = self._session(patcher.model), self._plans.get(patcher.model)
         if decided is None or not session.attached:
             return
-        device, dtype = patcher.load_device, activation_type(model)
+        device, dtype = patcher.load_device, activation_type(patcher.model)
         try:
-            with self._stage("placing LoRAs") as tick:
-                try:
-                    session.place(device, dtype, decided.resident, tick)
-                except PatchMemoryError as error:
-                    logger.warning("%s; trying once more with factors streamed from RAM", error)
-                    session.place(device, dtype, frozenset(), tick)
-            self._seconds += time.perf_counter() - start
-            self._log(patcher, decided)
+            session.place(device, dtype, decided.resident, tick)
         except PatchMemoryError as error:
-            self._leave_out_all(patcher, decided, error)
+            logger.warning("%s; trying once more with factors streamed from RAM", error)
+            session.place(device, dtype, frozenset(), tick)
+
+    def place(self, patcher: Any) -> None:
+        """Bring the factors to the device; a file for which that fails is left out."""
+        model, start = patcher.model, time.perf_counter()
+        session, decided = self._session(model), self._plans.get(model)
+        if decided is None:
+            return
+        try:
+            while session.attached:
+                try:
+                    with self._stage("placing LoRAs") as tick:
+                        self.bring(patcher, tick)
+                except PatchError as error:
+                    if session.leave_out(error, partial(self.bring, patcher)):
+                        patcher.refresh_loras()
+                        continue
+                self._seconds += time.perf_counter() - start
+                self._log(patcher, decided)
+                return
         except Interrupted:
             pass  # the first forward places the rest, if there is one
         except Exception:  # the first forward places them as well
@@ -224,19 +240,6 @@ class MemoryPlanner:
             f"{megabytes(plan.peak_bytes)} MB are needed even when it is streamed from RAM. What helps: "
             f"{'; '.join(plan.advice)}",
         )
-
-    def _leave_out_all(self, patcher: Any, decided: ModelPlan, error: PatchMemoryError) -> None:
-        """No memory, neither resident nor streamed: the model goes on without LoRAs."""
-        sources = frozenset(source_of(key) for key in patcher.lora_patches)
-        self._plans[patcher.model] = dataclasses.replace(decided, left_out=sources)
-        for source in sorted(sources):
-            self._tell(source, f"A LoRA was left out: {source}: {error}")
-        try:
-            patcher.refresh_loras()
-        except Exception:
-            logger.exception(
-                "taking off LoRAs that do not fit failed; please report it with the console's log"
-            )
 
     def _log(self, patcher: Any, decided: ModelPlan) -> None:
         plan, session = decided.plan, self._session(patcher.model)

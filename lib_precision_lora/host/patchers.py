@@ -6,6 +6,7 @@ hold, lets a change of LoRAs or strengths move nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lib_precision_lora.host.matching import FileMatch
@@ -29,15 +30,26 @@ class KeptPatchers:
         if self.clip is not None and original.clip is not None:
             _become_clone(self.clip.patcher, original.clip.patcher)
 
+    def patches(self) -> dict[int, dict[Any, Any]]:
+        """What is on the patchers now, to be put back."""
+        return {id(patcher): dict(patcher.lora_patches) for patcher in self._each()}
+
+    def put_back(self, patches: Mapping[int, Mapping[Any, Any]]) -> None:
+        """Take everything off that is not among these."""
+        for patcher in self._each():
+            patcher.lora_patches = dict(patches.get(id(patcher), {}))
+
+    def _each(self) -> list[Any]:
+        return [self.unet] if self.clip is None else [self.unet, self.clip.patcher]
+
     def add(self, filename: str, match: FileMatch, unet: float, te: float) -> str:
         """Put one file on top; the same file again gets a name of its own, so that it adds up.
 
         Returns that name, under which the patchers know it.
         """
-        patchers = [self.unet] + ([] if self.clip is None else [self.clip.patcher])
         times = max(
             sum(str(identifier[0]).startswith(filename) for identifier in patcher.lora_patches)
-            for patcher in patchers
+            for patcher in self._each()
         )
         source = filename if not times else f"{filename} ({times + 1})"
         for patcher, patches, strength in (

@@ -210,7 +210,7 @@ def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
 def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_attach(
     host: Host, checkpoint: Checkpoint, cats: LoraFile, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """named: whether the failure says whose it is; where not, it is everybody's."""
+    """named: whether the failure says whose it is; where not, it is found."""
     base = bytes_of_bases(checkpoint)
     lora = "lora", (values(8, 2), values(2, 8), 1.0, None, None)
     before_sampling = adds({ATTN: unknown(host), MLP: lora}, 0.75)
@@ -225,8 +225,9 @@ def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_
         with monkeypatch.context() as patch:
             patch.setattr(session, "effective_weights", refusing)
             image = generate(host, "a cat<lora:cats:te=0:unet=0.5>", before_sampling=before_sampling)
-            left = [Active(cats, 0.5, te=0.0)] if named else []
+            left = [Active(cats, 0.5, te=0.0)]
             assert distance(image, exact_output(checkpoint, "a cat", left)) < EXACT
+            assert image.parameters["Precision LoRA skipped"] == "theirs"
             assert bytes_of_bases(checkpoint) == base
             assert any("does not fit" in comment for comment in image.comments)
         image = generate(host, "a cat", before_sampling=before_sampling)
@@ -234,6 +235,82 @@ def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_
         assert branches(checkpoint.model) == 1
     finally:
         host.lora.extra_weight_calculators.pop("fooocus", None)
+
+
+def unmergeable(host: Host) -> Any:
+    """A kind of its own, whose calculator fails on this layer."""
+
+    def calculate(weight: Tensor, strength: float, content: Any) -> Tensor:
+        raise RuntimeError("a mask of another size")
+
+    host.lora.extra_weight_calculators["broken"] = calculate
+    return "broken", (values(8, 8),)
+
+
+def of_a_kind_that_the_host_cannot_read(lora: LoraFile) -> LoraFile:
+    """The same file with (IA)³ instead of a LoRA on the layer at hand: W + v · W."""
+    key, tensors = "lora_unet_blocks_0_attn", dict(lora.tensors)
+    for part in ("lora_up.weight", "lora_down.weight", "alpha"):
+        del tensors[f"{key}.{part}"]
+    tensors |= {f"{key}.weight": values(8), f"{key}.on_input": torch.tensor(False)}
+    return LoraFile(lora.name, tensors, {})
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("first", [True, False], ids=["before it", "after it"])
+def test_a_patch_that_the_host_cannot_merge_takes_no_lora_of_its_layer_with_it(
+    host: Host, checkpoint: Checkpoint, cats: LoraFile, kind: str, first: bool
+) -> None:
+    base, active = bytes_of_bases(checkpoint), [Active(cats, 0.5)]
+    unet, te = exact_weights(checkpoint, active)
+    if kind == "ia3":
+        of_a_kind_that_the_host_cannot_read(cats).write(host)
+        unet[ATTN] = checkpoint.weight(ATTN) * (1.0 + 0.5 * values(8).double()[:, None])
+    adds_it = adds({ATTN: unmergeable(host)}, 0.75)
+
+    def before_sampling(checkpoint: Any) -> None:
+        adds_it(checkpoint)
+        if first:
+            patches = checkpoint.forge_objects.unet.lora_patches
+            checkpoint.forge_objects.unet.lora_patches = dict(reversed(patches.items()))
+
+    try:
+        for _ in range(2):
+            image = generate(host, prompt("a cat", *active), before_sampling=before_sampling)
+            assert distance(image, checkpoint.exact("a cat", unet, te)) < EXACT
+            (comment,) = image.comments
+            assert "theirs: the WebUI's own merge failed (RuntimeError: a mask of another size)" in comment
+            assert image.parameters["Precision LoRA skipped"] == "theirs"
+            assert checkpoint.model.lora_loader.backup == {}
+        image = generate(host, prompt("a cat", *active))
+        assert not image.comments
+        assert distance(image, checkpoint.exact("a cat", unet, te)) < EXACT
+        generate(host, "a cat")
+        assert bytes_of_bases(checkpoint) == base
+    finally:
+        host.lora.extra_weight_calculators.pop("broken", None)
+
+
+def test_of_two_patches_that_only_the_host_understands_the_one_that_fails_goes(
+    host: Host, checkpoint: Checkpoint, cats: LoraFile
+) -> None:
+    """The near miss: the other one is merged, on the same layer."""
+    broken, sound = adds({ATTN: unmergeable(host)}), adds({ATTN: unknown(host)}, 0.75, "sound")
+    active = [Active(cats, 0.5)]
+
+    def before_sampling(checkpoint: Any) -> None:
+        broken(checkpoint)
+        sound(checkpoint)
+
+    try:
+        alone = generate(host, prompt("a cat", *active), before_sampling=sound)
+        image = generate(host, prompt("a cat", *active), before_sampling=before_sampling)
+        assert image.parameters["Precision LoRA skipped"] == "theirs"
+        assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+        assert torch.equal(image.values, alone.values)
+    finally:
+        for kind in ("broken", "fooocus"):
+            host.lora.extra_weight_calculators.pop(kind, None)
 
 
 def test_a_patch_that_widens_an_input_layer_stays_the_hosts_while_our_loras_change(
