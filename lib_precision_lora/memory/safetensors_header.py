@@ -51,7 +51,7 @@ def read_safetensors_header(path: Path, file: BinaryIO, size: int) -> Header:
         state = "empty" if size == 0 else f"truncated: it has {size} bytes"
         raise HeaderError(f"{path}: the file is {state}; download it again.")
     length = int.from_bytes(start, "little")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if length > LARGEST_JSON and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise HeaderError(
             f"{path}: it is a pickled checkpoint, which cannot be read without running its code; "
             "use it as safetensors."

@@ -86,7 +86,9 @@ def read_lora_file(path: Path, pickles: bool = True) -> LoraContent:
     try:
         if path.exists() and not path.is_file():
             kind = "folder" if path.is_dir() else "special file"
-            raise UnreadableFileError(f"{path}: it is a {kind}, and no file that can be read; check the path.")
+            raise UnreadableFileError(
+                f"{path}: it is a {kind}, and no file that can be read; check the path."
+            )
         return read_lora(path, pickles=pickles)
     except FileNotFoundError as error:
         raise UnreadableFileError(f"{path}: there is no such file; check the path.") from error
