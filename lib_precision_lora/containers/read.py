@@ -43,6 +43,8 @@ def read_open(name: str, file: BinaryIO, tick: Tick = untold, pickles: bool = Tr
             return (read_archive if start[:4] == ARCHIVE_MAGIC else read_old)(file, size, tick)
         if start[:4] == GGUF_MAGIC:
             raise ContainerError("it is a GGUF file, in which no LoRA is read; use it as safetensors")
+        if start.lstrip()[:1] == b"<":
+            raise ContainerError("it is a web page, saved under a LoRA's name; download the file itself")
         return read_safetensors(name, file, size, tick)
     except (MemoryError, RuntimeError) as error:
         raise ContainerError(

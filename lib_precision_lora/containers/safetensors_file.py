@@ -37,6 +37,8 @@ _NAMES = {
     "C64": "complex64",
 }
 
+DO = "download or copy it again"
+
 DTYPES: Mapping[str, torch.dtype] = {
     stored: getattr(torch, name) for stored, name in _NAMES.items() if hasattr(torch, name)
 }
@@ -63,7 +65,7 @@ def _header(name: str, file: BinaryIO, size: int) -> Header:
         header = read_safetensors_header(Path(name), file, size)
     except HeaderError as error:
         reason = str(error).removeprefix(f"{name}: ").rstrip(".")
-        raise ContainerError(reason) from error
+        raise ContainerError(reason if "download" in reason else f"{reason}; {DO}") from error
     if len(header.tensors) > MOST_TENSORS:
         raise ContainerError(f"it announces {len(header.tensors)} tensors, above the limit of {MOST_TENSORS}")
     for stored in header.tensors.values():

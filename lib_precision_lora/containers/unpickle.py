@@ -196,6 +196,8 @@ _INSTRUCTIONS: Mapping[bytes, Callable[[Unpickler], object]] = {
     b"]": lambda self: self._push([]),
     b"a": lambda self: self._append([self._stack.pop()]),
     b"e": lambda self: self._append(self._since_mark()),
+    b"\x8f": lambda self: self._push(BESIDE),
+    b"\x90": Unpickler._since_mark,
     b"}": lambda self: self._push({}),
     b"s": lambda self: self._set([self._stack.pop(-2), self._stack.pop()]),
     b"u": lambda self: self._set(self._since_mark()),

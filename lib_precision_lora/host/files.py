@@ -42,7 +42,7 @@ class FileDigests:
 class Stamp:
     """What tells one version of a file from the next, without reading it.
 
-    A copy may keep size and time of what it replaces (`cp -p`). It has another inode, or the time of its change
+    A copy may keep size and time of what it replaces (`cp -p`). It has another inode, or its time of change
     (`ctime`) is a later one; on Windows, which keeps the time of creation there, its samples differ.
     """
 
@@ -86,9 +86,9 @@ class Stamp:
 class LoraFiles:
     """What files hold, by version of the file, within a bound of RAM; the least recently used one goes first.
 
-    read_other: of no use any more, as every kind of file is read here; limit: the bound in bytes, asked for at
-    each reading; stage: where a reading is shown; digests: of all
-    versions that were read, those that are not kept any more too.
+    read_other: of no use any more, as every kind of file is read here; limit: the bound in bytes, asked for
+    at each reading; stage: where a reading is shown; digests: of all versions that were read, also of those
+    that are not kept any more.
     """
 
     def __init__(

@@ -132,10 +132,17 @@ DAMAGE: Mapping[str, tuple[Callable[[Host, str], Path], str]] = {
     "NaN in a LoHa": (written(nan_in_a_loha), "NaN"),
     "half a LoHa": (written(half_a_loha), "hada_w"),
     "no tensors": (bytes_of(lambda _: safetensors.torch.save({})), "no tensors"),
-    "truncated": (bytes_of(lambda content: content[: len(content) // 2]), "download or copy it again"),
-    "truncated in its header": (bytes_of(lambda content: content[:20]), "download or copy it again"),
+    "truncated": (bytes_of(lambda content: content[: len(content) // 2]), "truncated: .* download it again"),
+    "truncated in its header": (bytes_of(lambda content: content[:20]), "truncated: .* download it again"),
     "empty": (bytes_of(lambda _: b""), "download or copy it again"),
-    "not a safetensors file": (bytes_of(lambda _: b"<!DOCTYPE html>" * 99), "download or copy it again"),
+    "not a safetensors file": (
+        bytes_of(lambda _: b"<!DOCTYPE html>" * 99),
+        "a web page.* download the file itself",
+    ),
+    "another kind of file": (
+        bytes_of(lambda _: b"%PDF-1.7" * 99),
+        "neither a safetensors .* download or copy",
+    ),
 }
 """What is wrong → (how to write such a file, what the message says about it, a regular expression).
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from lib_precision_lora.host import files as files_module
-from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp, content_of
+from lib_precision_lora.containers import stream
+from lib_precision_lora.host.files import FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.progress import Interrupted, Progress
-from lib_precision_lora.ticks import untold
+from lib_precision_lora.ticks import Tick
 from tests.host.observers import log_lines
 
 INFO = 20
@@ -166,52 +166,62 @@ def written(folder: Path, size: int) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(files_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 1000)
     return 1000
 
 
-def test_a_file_is_read_chunk_by_chunk_and_each_is_told(tmp_path: Path, small_chunks: int) -> None:
+def test_a_file_is_read_chunk_by_chunk_and_each_is_shown(
+    tmp_path: Path, small_chunks: int, progress: Progress, state: SimpleNamespace
+) -> None:
     path = written(tmp_path, 8000)
-    size, heard = path.stat().st_size, []
-    assert content_of(Stamp.of(str(path)), lambda *tick: heard.append(tick)) == path.read_bytes()
-    assert heard == [(done, size) for done in range(0, size, small_chunks)]
-    assert len(heard) == 9
+    stamp, shown = Stamp.of(str(path)), []
 
+    @contextmanager
+    def stage(name: str) -> Iterator[Tick]:
+        with progress.stage(name) as tick:
 
-def test_reading_takes_no_more_memory_than_the_files_bytes_and_its_tensors(tmp_path: Path) -> None:
-    path = written(tmp_path, 40 * 2**20)
-    stamp = Stamp.of(str(path))
+            def heard(done: int, total: int) -> None:
+                tick(done, total)
+                shown.append((done, total, state.textinfo))
 
-    def peak(read: Any) -> int:
-        tracemalloc.start()
-        try:
-            held = read()
-            assert held
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+            yield heard
 
-    assert peak(lambda: content_of(stamp, untold)) < stamp.size + 2**16
-    whole = peak(lambda: safetensors.torch.load(path.read_bytes()))
-    assert whole > stamp.size
-    assert peak(lambda: LoraFiles(dict).read(stamp)) < whole + 2**16
+    content = LoraFiles(stage=stage).read(stamp)
+    assert torch.equal(content["a"], torch.arange(2000.0))
+    assert len(shown) > 8000 // small_chunks
+    assert {total for _, total, _ in shown} == {stamp.size}
+    assert [done for done, _, _ in shown] == sorted(done for done, _, _ in shown)
+    assert all(text == f"LoRA cats: reading {100 * done // stamp.size} %" for done, _, text in shown)
 
 
 @pytest.mark.parametrize("left", [0, 20, 7000])
-def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path: Path, left: int) -> None:
+def test_a_file_that_was_cut_off_after_it_was_looked_at_is_refused(tmp_path: Path, left: int) -> None:
     path = written(tmp_path, 8000)
     stamp = Stamp.of(str(path))
     os.truncate(path, left)
-    assert len(content_of(stamp, untold)) == left
-    with pytest.raises(FileProblem, match="no complete safetensors file"):
-        LoraFiles(dict).read(stamp)
+    with pytest.raises(FileProblem, match="changed while it was being read"):
+        LoraFiles().read(stamp)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path: Path, small_chunks: int) -> None:
+    path = written(tmp_path, 8000)
+    stamp = Stamp.of(str(path))
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Tick]:
+        yield lambda done, total: os.truncate(path, 5000) if done > 3000 else None
+
+    files = LoraFiles(stage=stage)
+    with pytest.raises(FileProblem, match=r"^cats\.safetensors: the file is truncated"):
+        files.read(stamp)
+    assert files.kept_bytes == 0
 
 
 def test_nothing_is_kept_of_a_file_whose_reading_was_interrupted(
     tmp_path: Path, small_chunks: int, progress: Progress, state: SimpleNamespace
 ) -> None:
     path = written(tmp_path, 8000)
-    stamp, files = Stamp.of(str(path)), LoraFiles(dict, stage=progress.stage)
+    stamp, files = Stamp.of(str(path)), LoraFiles(stage=progress.stage)
     state.interrupted = True
     with pytest.raises(Interrupted):
         files.read(stamp)
@@ -220,21 +230,15 @@ def test_nothing_is_kept_of_a_file_whose_reading_was_interrupted(
     assert torch.equal(files.read(stamp)["a"], torch.arange(2000.0))
 
 
-@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
-def test_a_file_of_any_kind_is_shown_and_can_be_interrupted_before_it_is_read(
-    tmp_path: Path, progress: Progress, state: SimpleNamespace, ending: str
+@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file], ids=["pt", "safetensors"])
+def test_a_file_of_any_kind_can_be_interrupted_before_it_is_read(
+    tmp_path: Path, progress: Progress, state: SimpleNamespace, save: Any
 ) -> None:
-    path = written(tmp_path, 8000).rename(tmp_path / f"cats{ending}")
-    stamp, shown = Stamp.of(str(path)), []
-
-    def hosts_reader(path: str) -> dict[str, torch.Tensor]:
-        shown.append(state.textinfo)
-        return safetensors.torch.load_file(path)
-
-    files = LoraFiles(hosts_reader, stage=progress.stage)
+    path = tmp_path / "cats.pt"
+    save({"a": torch.ones(2)}, path)
+    stamp, files = Stamp.of(str(path)), LoraFiles(stage=progress.stage)
     state.interrupted = True
     with pytest.raises(Interrupted, match="LoRA cats: reading"):
         files.read(stamp)
     state.interrupted = False
     assert set(files.read(stamp)) == {"a"}
-    assert shown == (["LoRA cats: reading"] if ending == ".pt" else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from itertools import count
 from types import SimpleNamespace
@@ -45,10 +46,11 @@ def tasks(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_each_file_is_told_with_what_it_does(host: Host, checkpoint: Checkpoint) -> None:
-    make_lora("cats", rank=2).write(host)
+    path = make_lora("cats", rank=2).write(host)
     report = report_of(host, "a cat<lora:cats:0.5:0.8>")
     (cats,) = report.files
-    assert cats == FileReport("cats", 0.8, 0.5, "5 × lora rank 2", (2,), (1.0,), LAYERS, 1)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert cats == FileReport("cats", 0.8, 0.5, "5 × lora rank 2", (2,), (1.0,), LAYERS, 1, digest=digest)
     assert report.patcher == "Precision LoRA"
     assert (report.compute, report.low_bits) == ("Automatic", "Automatic")
     assert cats.unet_layers == branches(checkpoint.model)

@@ -109,7 +109,19 @@ def running_host(kind: str, data: Path, lora_dir: Path) -> Iterator[Host]:
         put_host_modules(before)
 
 
+def _wrap_loaders(patch: pytest.MonkeyPatch) -> None:
+    """As the host does when its server starts, until the test ends: one that fails renames the file."""
+    import safetensors.torch
+    import torch
+
+    build_loaded = import_module("modules_forge.patch_basic").build_loaded
+    for module, name in ((torch, "load"), (safetensors.torch, "load_file")):
+        patch.setattr(module, name, getattr(module, name))
+        build_loaded(module, name)
+
+
 def _start(host: Host, extra_network: Any, patch: pytest.MonkeyPatch) -> None:
+    _wrap_loaders(patch)
     if "gradio" not in sys.modules and host.kind == "double":
         patch.setitem(sys.modules, "gradio", ModuleType("gradio"))
         for component in ("Radio", "Slider"):

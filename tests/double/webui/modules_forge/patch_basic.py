@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import safetensors.torch
 import torch
 
 
@@ -29,4 +30,5 @@ def build_loaded(module: ModuleType, loader_name: str) -> None:
 
 
 def patch_all_basics() -> None:
+    build_loaded(safetensors.torch, "load_file")
     build_loaded(torch, "load")
