@@ -44,8 +44,9 @@ UNUSED = "other"
 ATTRIBUTES = ("weight", "scale")
 """What a module calls its weight; norms of some models say scale."""
 
-NO_LAYERS = re.compile(r"(^|.*[._])(embeddings?|token_embedding|position_embedding|shared|embed_tokens|"
-                       r"relative_attention_bias|pos_embed|register)\.weight")  # fmt: skip
+_EMBEDDINGS = re.compile(r"(?:.*_)?(?:embeddings?|token_embedding|position_embedding|shared|embed_tokens|"
+                         r"relative_attention_bias|pos_embed|register)")  # fmt: skip
+"""Matrices that multiply nothing; the last word of their modules' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,5 +174,6 @@ def _layer(parameter: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer
     nbytes = tensor.nbytes * rows // tensor.shape[0] if tensor.shape[0] else 0
     columns = tensor.shape[1] if len(tensor.shape) > 1 else 0
     module, _, attribute = parameter.rpartition(".")
-    multiplies = attribute == "weight" and columns > 0 and NO_LAYERS.fullmatch(parameter) is None
+    last = module.rpartition(".")[2]
+    multiplies = attribute == "weight" and columns > 0 and _EMBEDDINGS.fullmatch(last) is None
     return Layer(module, rows, columns, tensor.shape[2:], tensor.stored, nbytes, flow, attribute, multiplies)

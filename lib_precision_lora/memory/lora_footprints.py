@@ -61,7 +61,7 @@ def workspace_bytes(layers: Iterable[LoraLayer], request: Request, half: bool) -
     return max(
         (
             _footprint(beside, half).workspace_bytes(_tokens(beside.layer, request))
-            for beside in _beside(layers)
+            for beside in _beside(layer for layer in layers if layer.place is not None)
             if beside.layer is not None
         ),
         default=0,

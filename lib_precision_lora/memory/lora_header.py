@@ -82,9 +82,13 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
     unknown: list[str] = []
     taken: set[tuple[Place, str]] = set()
     for name, keys in by_module(header.tensors).items():
-        factors = {meaning_of(name, key, whole)[0]: header.tensors[key] for key in keys}
-        unknown.extend(key for key in keys if not meaning_of(name, key, whole)[0])
-        factors.pop("", None)
+        factors: dict[str, StoredTensor] = {}
+        for key in keys:
+            role, _ = meaning_of(name, key, whole)
+            if role:
+                factors[role] = header.tensors[key]
+            else:
+                unknown.append(key)
         kind = _kind(factors)
         if kind is None:
             unknown.extend(factor.name for factor in factors.values())

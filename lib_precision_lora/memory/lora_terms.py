@@ -73,7 +73,10 @@ def terms(layer: LoraLayer) -> Terms:
 
 
 def _first(layer: LoraLayer, *roles: str) -> StoredTensor | None:
-    return next((layer.factors[role] for role in roles if role in layer.factors), None)
+    for role in roles:
+        if role in layer.factors:
+            return layer.factors[role]
+    return None
 
 
 def _kernel(layer: LoraLayer) -> int:

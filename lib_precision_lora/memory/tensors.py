@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MOST_TENSORS = 2**15
-"""In one file. The largest that are known have some thousands; every name costs time and memory."""
+MOST_TENSORS = 2**14
+"""In one file. The largest that a host loads have some 4,000; every name costs time and memory."""
 
 LONGEST_NAME = 512
 """Bytes of a tensor's name. The longest that trainers write have less than 200."""
@@ -59,12 +59,12 @@ def check_places(path: Path, tensors: Iterable[StoredTensor], end: int) -> None:
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.nbytes and tensor.offset < here:
             raise HeaderError(
-                f"{path}: the tensors {former} and {tensor.name} overlap; the file is damaged, "
-                "download it again."
+                f"{path}: the tensors {shortened(former)} and {shortened(tensor.name)} overlap; the file is "
+                "damaged, download it again."
             )
         if tensor.offset + tensor.nbytes > end:
             raise HeaderError(
-                f"{path}: the file is truncated: it has {end} bytes, and {tensor.name} ends at "
+                f"{path}: the file is truncated: it has {end} bytes, and {shortened(tensor.name)} ends at "
                 f"{tensor.offset + tensor.nbytes}; download it again."
             )
         here, former = max(here, tensor.offset + tensor.nbytes), tensor.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lib_precision_lora.memory.gguf_cursor import MOST_ITEMS
 from lib_precision_lora.memory.gguf_header import TYPES
 from lib_precision_lora.memory.headers import HeaderError, read_header
+from lib_precision_lora.memory.tensors import LONGEST_NAME
 from tests.memory.checkpoints import write_hole
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "int64", "bool")
@@ -80,6 +83,15 @@ def test_a_damaged_safetensors_file_is_refused_or_read_as_its_library_does(
         assert sum(tensor.nbytes for tensor in header.tensors.values()) < header.nbytes
         return
     assert {name: tensor.shape for name, tensor in header.tensors.items()} == expected
+
+
+@pytest.mark.parametrize("length", range(128, 8 * 256 + 129, 256))
+def test_a_header_of_any_length_is_no_pickle(tmp_path: Path, length: int) -> None:
+    """The low byte of such a length is 0x80, with which pickles begin."""
+    text = json.dumps({"a": entry([1], 0, 4)}).encode()
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(text.ljust(length), 4))
+    assert (tmp_path / "a.safetensors").read_bytes()[0] == 0x80
+    assert read_header(tmp_path / "a.safetensors").tensors["a"].shape == (1,)
 
 
 def assert_refused(path: Path, message: str) -> None:
@@ -176,6 +188,55 @@ def test_the_block_sizes_are_those_of_the_gguf_package() -> None:
     assert len(TYPES) > 25
     for number, sizes in TYPES.items():
         assert known[number] == sizes
+
+
+def gguf_file(path: Path, content: bytes, data: int) -> Path:
+    """The header, and so many bytes from the next multiple of the alignment on."""
+    path.write_bytes(content.ljust(-(-len(content) // 32) * 32, b"\0") + bytes(data))
+    return path
+
+
+def test_a_type_that_the_gguf_package_alone_knows_is_read(tmp_path: Path) -> None:
+    known = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert "MXFP4" in {name for number, (name, _, _) in known.items() if number not in TYPES}
+    for number, (name, block, block_bytes) in known.items():
+        info = gguf_text(b"a") + struct.pack("<IQQIQ", 2, 2 * block, 3, number, 0)
+        path = gguf_file(tmp_path / "a.gguf", gguf_start(3, 1, rest=info), 6 * block_bytes)
+        tensor = read_header(path).tensors["a"]
+        assert (tensor.stored, tensor.shape, tensor.nbytes) == (name, (3, 2 * block), 6 * block_bytes)
+
+
+def test_a_type_of_the_gguf_package_is_refused_by_number_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = gguf_text(b"a") + struct.pack("<IQIQ", 1, 32, 39, 0)
+    path = gguf_file(tmp_path / "a.gguf", gguf_start(3, 1, rest=info), 17)
+    assert read_header(path).tensors["a"].stored == "MXFP4"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_refused(path, "a is of GGUF type 39, which is not known here")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_gguf_name_is_read_up_to_the_bound(tmp_path: Path, more: int) -> None:
+    name = b"a" * (LONGEST_NAME + more)
+    info = gguf_text(name) + struct.pack("<IQIQ", 1, 1, 0, 0)
+    path = gguf_file(tmp_path / "a.gguf", gguf_start(3, 1, rest=info), 4)
+    if more:
+        assert_refused(path, f"a name in its header has {len(name)} bytes")
+    else:
+        assert list(read_header(path).tensors) == [name.decode()]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_texts_of_a_large_tokenizer_are_passed_over_up_to_the_bound(tmp_path: Path, more: int) -> None:
+    count = MOST_ITEMS + more
+    words = gguf_text(b"words") + struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)
+    answer = gguf_text(b"answer") + struct.pack("<II", 4, 42)
+    path = gguf_file(tmp_path / "a.gguf", gguf_start(3, values=2, rest=words + answer), 0)
+    if more:
+        assert_refused(path, f"more than {MOST_ITEMS} values")
+    else:
+        assert read_header(path).metadata == {"words": None, "answer": 42}
 
 
 def gguf_start(version: int, tensors: int = 0, values: int = 0, rest: bytes = b"") -> bytes:

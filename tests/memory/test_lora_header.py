@@ -100,6 +100,34 @@ def places_of(path: Path, *components: tuple[Shapes, str]) -> Places:
     return Places(read_checkpoint(write_hole(path / "model.safetensors", tensors)))
 
 
+def test_a_layer_that_a_file_names_twice_is_counted_once(tmp_path: Path) -> None:
+    names = ("lora_unet_double_blocks_3_img_attn_qkv", "transformer.double_blocks.3.img_attn.qkv")
+    tensors = {
+        f"{name}.{ending}": ("F16", shape)
+        for name in names
+        for ending, shape in (("lora_up.weight", (9216, 4)), ("lora_down.weight", (4, 3072)))
+    }
+    part = "transformer.transformer_blocks.3.attn.to_k"
+    tensors |= {f"{part}.lora_B.weight": ("F16", (3072, 4)), f"{part}.lora_A.weight": ("F16", (4, 3072))}
+    places = places_of(tmp_path, (flux(), MODEL))
+    header = read_lora_header(write_hole(tmp_path / "lora.safetensors", tensors), places)
+    assert [layer.name for layer in header.model] == [names[0], part], "some of its rows are another place"
+    assert set(header.unknown) == {key for key in tensors if key.startswith(names[1])}
+
+
+def test_the_bias_of_a_layer_under_another_name_is_a_parameter_of_its_own(tmp_path: Path) -> None:
+    names = ("lora_unet_img_in", "transformer.img_in")
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{names[0]}.lora_up.weight": ("F16", (3072, 4)),
+        f"{names[0]}.lora_down.weight": ("F16", (4, 64)),
+        f"{names[1]}.diff_b": ("F16", (3072,)),
+    }
+    places = places_of(tmp_path, (flux(), MODEL))
+    header = read_lora_header(write_hole(tmp_path / "lora.safetensors", tensors), places)
+    assert [layer.name for layer in header.model] == list(names)
+    assert header.unknown == ()
+
+
 FLUX_NAMES = {
     "lora_unet_double_blocks_3_img_attn_qkv": ("double_blocks.3.img_attn.qkv", 0, 9216),
     "double_blocks.3.img_attn.qkv": ("double_blocks.3.img_attn.qkv", 0, 9216),
