@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_precision_lora import __version__
-from lib_precision_lora.host.infotext import LOW_BITS, MODE, VERSION
+from lib_precision_lora.host.infotext import LOW_BITS, MARK, MODE, VERSION
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, FP16_LORA, OURS, STOCK_MERGE
 from tests.forge.page import VIEWPORT
 from tests.forge.panel_page import NARROW, PanelPage
@@ -57,9 +57,9 @@ def test_what_is_chosen_for_one_generation_is_what_the_page_says_of_it_and_of_no
     assert "strong\nStrength\n0.8\nKind\n165 × lora rank 8\nAlpha\n4\nLayers\n93 model, 72 text" in text
     assert "nowhere\nLeft out\nLoRA nowhere was left out: there is no file of this name" in text
     assert re.search(r"Time per model pass\n[\d.]+ m?s, of them for LoRAs [\d.]+ ms \([\d.]+ %\)", text)
-    assert re.search(r"LoRA factors on the device\npredicted [\d.]+ MiB\nmeasured [\d.]+ MiB\n", text)
+    assert re.search(r"LoRA factors on the device\npredicted [\d.]+ [MK]iB\nmeasured [\d.]+ [MK]iB\n", text)
     assert f"{MODE}: fp16" in page.infotext
-    assert f"{VERSION}: {__version__}" in page.infotext
+    assert f"{MARK}: {__version__}" in page.infotext
     assert "1 of 2 LoRAs applied: compute mode fp16" in webui.log(position)
     page.toggle()
     page.generate("a dog <lora:strong:1>")
@@ -84,11 +84,12 @@ def test_the_webuis_own_way_is_said_to_be_its_own(page: PanelPage) -> None:
     assert "strong\nStrength\n0.7" in text
     assert "LoRAs applied" not in text
     assert f"{MODE}: {STOCK_MERGE}" in page.infotext
+    assert f"{MARK}: " not in page.infotext
 
 
 def test_an_image_brings_its_choices_back_through_png_info(page: PanelPage, webui: WebUI) -> None:
     image = webui.generate("a cat <lora:strong:0.8>", **script([True, "float8-e4m3fn", "fp32"]))
-    assert f"{MODE}: fp32, {LOW_BITS}: float8-e4m3fn, {VERSION}: {__version__}" in image.infotext
+    assert f"{MARK}: {__version__}, {MODE}: fp32, {LOW_BITS}: float8-e4m3fn" in image.infotext
     page.send_from_png_info(image.png)
     page.wait_until(lambda: page.choice("compute") == "fp32")
     assert page.enabled

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lib_precision_lora import __version__
 from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
 from tests.forge.damaged import DAMAGES, truncate
 from tests.forge.page import Page
@@ -105,6 +106,24 @@ def test_without_a_lora_the_file_is_that_of_forge_without_the_extension(
 ) -> None:
     assert base.png == stock.generate("a cat").png
     assert base.pixels.std() > 20, "an image of nothing proves nothing"
+
+
+def test_an_image_that_we_made_is_told_from_one_of_forge_without_the_extension(
+    webui: WebUI, stock: WebUI, base: Generation, strong: Generation
+) -> None:
+    mark = f", Precision LoRA: {__version__}"
+    assert mark in strong.infotext
+    assert "Precision LoRA" not in stock.generate("a cat <lora:strong:1>").infotext
+    assert "Precision LoRA" not in base.infotext
+    again = webui.post("txt2img", {"infotext": strong.infotext, "steps": 1, "width": 64, "height": 64})
+    assert mark in again["info"], "a client pastes it"
+
+
+def test_ten_times_the_same_file_is_told_with_the_sum(webui: WebUI) -> None:
+    half, parts = ours(webui, "a cat <lora:strong:0.5>"), ours(webui, "a cat " + "<lora:strong:0.05>" * 10)
+    assert parts.difference(half) <= ROUNDING
+    (file,) = webui.status()["last_generation"]["files"]
+    assert (file["name"], file["strength"], file["text_strength"]) == ("strong", 0.5, 0.5)
 
 
 def test_switching_off_and_on_acts_at_the_next_generation(
