@@ -31,8 +31,9 @@ def factor_bytes(rank: int) -> int:
 
 
 def workspace_bytes(rank: int) -> int:
-    """The larger of a linear layer's input and hidden states, and a convolution's hidden states."""
-    return POSITIONS * 4 * max(8 + 3 * rank, 4 * rank)
+    """In fp32, where activations are fp32 already: three hidden states next to a convolution's outputs, or
+    two next to the larger of a linear layer's hidden state and its outputs."""
+    return POSITIONS * 4 * max(3 * rank + CONV[0], 2 * rank + max(rank, LINEAR[0]))
 
 
 def streaming_bytes(rank: int) -> int:

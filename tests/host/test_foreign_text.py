@@ -49,7 +49,7 @@ def said(image: Any) -> str:
     """All that stands under an image and in its parameters, and the report of its generation."""
     active = binding.active()
     assert active is not None
-    reports = [file.problem or "" for file in active.record.present.files]
+    reports = [entry.file.problem or "" for entry in active.record.present.entries]
     return "\n".join([*image.comments, *map(str, image.parameters.values()), *reports])
 
 

@@ -35,11 +35,11 @@ def test_a_second_inspection_is_refused_until_the_first_is_done(
 
     inspect, reading, go_on, calls = module.inspect_file, Event(), Event(), []
 
-    def slowly(path: Path) -> Any:
+    def slowly(path: Path, **how: Any) -> Any:
         calls.append(path.stem)
         reading.set()
         assert go_on.wait(WAIT)
-        return inspect(path)
+        return inspect(path, **how)
 
     monkeypatch.setattr(module, "inspect_file", slowly)
     with ThreadPoolExecutor(1) as thread:
@@ -67,7 +67,7 @@ def test_an_inspection_that_fails_does_not_refuse_the_next_one(
 
     error = module.UnreadableFileError if failure == "UnreadableFileError" else RuntimeError
 
-    def fail(path: Path) -> Any:
+    def fail(path: Path, **how: Any) -> Any:
         raise error("broken")
 
     with pytest.MonkeyPatch.context() as patch:

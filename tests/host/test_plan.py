@@ -30,7 +30,7 @@ from tests.host.observers import bases_of, hooks_of
 from tests.host.webui import Host
 
 TEXT_FACTORS = layer_bytes((8, 4), 8)
-TEXT_WORKSPACE = 512 * 4 * (4 + 3 * 8)
+TEXT_WORKSPACE = 512 * 4 * 3 * 8
 
 
 @pytest.fixture
