@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
+from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse
 from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import up_blocks
@@ -269,6 +269,8 @@ def _dense_blocks(steps: Sequence[Add | Left], copies: float) -> int:
         made = copies + 0.5 if isinstance(step.term, Dense) else max(copies + 0.5, 3.0)
         made += 3.0 if step.columns else 0.0
         widened = FP32 * step.term.b1.numel() if isinstance(step.term, Hadamard) else 0
+        if isinstance(step.term, Sparse):  # where each value goes, and the value, in wider types
+            widened = 3 * FP32 * step.term.value.numel()
         largest_block = max(largest_block, made * block + 2 * widened)
     return int(largest_block)
 

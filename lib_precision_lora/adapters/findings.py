@@ -1,0 +1,43 @@
+"""What people should know of a file that is applied: sentences that count layers and name the first."""
+
+from __future__ import annotations
+
+from lib_precision_lora.names.endings import module_of
+
+
+class Findings:
+    """Gathers what is said of layers; what is the same of several is one sentence."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[str]] = {}
+        self._clauses: dict[str, list[str]] = {}
+
+    def part(self, key: str) -> None:
+        """A key of a layer that has an adapter, which does not use it."""
+        name = module_of(key)
+        ending = key[len(name) :] or f".{key.rpartition('.')[2]}"
+        self._parts.setdefault(ending, []).append(key)
+
+    def about(self, clause: str, layer: str) -> None:
+        """Something that holds for this layer."""
+        self._clauses.setdefault(clause, []).append(layer)
+
+    def sentences(self) -> tuple[str, ...]:
+        parts = (
+            f"{_count(keys, 'tensor')} of layers that it patches {_verb(keys)} not used, and what "
+            f"{'it is' if len(keys) == 1 else 'they are'} trained for is missing ({ending}; the first is {keys[0]})"
+            for ending, keys in self._parts.items()
+        )
+        clauses = (
+            f"{clause}; the tensors count ({_count(layers, 'layer')}, the first is {layers[0]})"
+            for clause, layers in self._clauses.items()
+        )
+        return *parts, *clauses
+
+
+def _count(things: list[str], word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+
+
+def _verb(things: list[str]) -> str:
+    return "is" if len(things) == 1 else "are"
