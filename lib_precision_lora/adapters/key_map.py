@@ -23,10 +23,9 @@ def complete_key_map(
     """
     known = list(parameters)
     complete = dict(names)
-    for parameter in known:
-        for name, place in more_names(parameter, known, shape_of):
-            target = Target(place.parameter, place.rows, swap_halves if place.swapped else None)
-            complete.setdefault(name, target.name)
+    for name, place in more_names(known, shape_of):
+        target = Target(place.parameter, place.rows, swap_halves if place.swapped else None)
+        complete.setdefault(name, target.name)
     projection = "clip_l.transformer.text_projection.weight"
     if projection in known:
         complete["text_encoder.text_projection"] = projection

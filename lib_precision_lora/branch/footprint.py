@@ -21,7 +21,7 @@ from lib_precision_lora.branch.sites import Kind, Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.stack import low_rank
 from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
-from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32
+from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
 
 INT64 = 8
 
@@ -114,7 +114,7 @@ def _both(one: Footprint, other: Footprint) -> Footprint:
 
 def norm_footprint(width: int, vectors: int) -> Footprint:
     """A norm's changes of weight and bias: fp32 vectors, and fp32 copies of its input."""
-    stage = linear_stage(16 * width)
+    stage = linear_stage(NORM_BYTES * width)
     return Footprint((width * FP32,) * vectors, vectors * width * FP32, (stage,))
 
 

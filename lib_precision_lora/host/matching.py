@@ -24,7 +24,7 @@ from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
-from lib_precision_lora.names.key_map import INPUT_LAYERS
+from lib_precision_lora.names.key_map import is_input_layer
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ticks import Tick, untold
 
@@ -198,7 +198,7 @@ def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch |
         return None
     try:
         shape = target_shape(model, target)
-        widens = parameter.endswith(INPUT_LAYERS) and channels_of(adapter, shape) != shape[1]
+        widens = is_input_layer(parameter) and channels_of(adapter, shape) != shape[1]
         if not widens:
             adapter.check(shape)
     except (AdapterError, StorageError) as error:

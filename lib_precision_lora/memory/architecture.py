@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lib_precision_lora.names.unet import DEEPEST_BLOCK
+
 FlowKind = Literal["once", "text", "image", "joint", "positions", "vectors"]
 Family = Literal["UNet", "MMDiT", "Flux"]
 LATENT = 8
@@ -110,7 +112,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         if len(context) == 1 and context <= _BY_CONTEXT.keys():
             return _BY_CONTEXT[context.pop()]
         raise UnknownArchitectureError(
-            f"a UNet whose prompt has {sorted(context)} features is none of "
+            f"a UNet whose prompt has {sorted(context)[:3]} features is none of "
             f"{', '.join(f'{known.name} ({size})' for size, known in _BY_CONTEXT.items())}"
         )
     raise UnknownArchitectureError(
@@ -144,6 +146,6 @@ def _unet_flow(name: str, levels: Mapping[str, int]) -> Flow:
         return Flow("once")
     if name.endswith((".attn2.to_k", ".attn2.to_v")):
         return Flow("text")
-    parts = name.split(".")
-    owners = (".".join(parts[:depth]) for depth in range(len(parts), 1, -1))
+    steps = name.split(".", DEEPEST_BLOCK)
+    owners = (".".join(steps[:depth]) for depth in range(min(len(steps), DEEPEST_BLOCK), 1, -1))
     return Flow("positions", level=next((levels[owner] for owner in owners if owner in levels), 0))

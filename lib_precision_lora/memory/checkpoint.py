@@ -18,6 +18,7 @@ from lib_precision_lora.memory.architecture import (
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
 from lib_precision_lora.memory.held import Storage, check_choice, held_bytes, own_storage
 from lib_precision_lora.memory.packed_weights import logical_tensors
+from lib_precision_lora.names.text_encoders import HOSTS, host_parameters
 from lib_precision_lora.names.unet import unet_blocks
 
 MODEL = "diffusion model"
@@ -40,24 +41,19 @@ COMPONENTS: Mapping[str, str] = {
 UNUSED = "other"
 """Tensors that the host does not load: averages of a training, its schedule."""
 
-TEXT_ENCODERS = ("CLIP-L", "CLIP-G", "CLIP-H", "T5")
+ATTRIBUTES = ("weight", "scale")
+"""What a module calls its weight; norms of some models say scale."""
+
 NO_LAYERS = re.compile(r"(^|.*[._])(embeddings?|token_embedding|position_embedding|shared|embed_tokens|"
                        r"relative_attention_bias|pos_embed|register)\.weight")  # fmt: skip
-OPEN_CLIP = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
-OPEN_CLIP_PARTS: Mapping[str, tuple[str, ...]] = {
-    "attn.in_proj_weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.out_proj.weight": ("self_attn.out_proj",),
-    "mlp.c_fc.weight": ("mlp.fc1",),
-    "mlp.c_proj.weight": ("mlp.fc2",),
-}
-"""Matrices of OpenCLIP → the host's layers made from each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear or convolutional layer: a [rows, columns, *kernel] weight.
+    """A linear or convolutional layer: a [rows, columns, *kernel] weight; or what else a LoRA may change.
 
-    name: within its component, without `.weight`; stored, nbytes: as in the file.
+    name: within its component, without the attribute; stored, nbytes: as in the file; multiplies: not so in
+    embeddings, nor in norms, whose columns are 0.
     """
 
     name: str
@@ -67,6 +63,8 @@ class Layer:
     stored: str
     nbytes: int
     flow: Flow
+    attribute: str = "weight"
+    multiplies: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,12 @@ class Component:
     name: str
     layout: str
     tensors: Mapping[str, StoredTensor]
-    layers: tuple[Layer, ...]
+    every_layer: tuple[Layer, ...]
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those that multiply: linear and convolutional."""
+        return tuple(layer for layer in self.every_layer if layer.multiplies)
 
     @cached_property
     def parameters(self) -> int:
@@ -139,7 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if name == MODEL:
             layers = tuple(_model_layers(architecture, found))
         else:
-            layers = tuple(_text_layers(found)) if name in TEXT_ENCODERS else ()
+            layers = tuple(_text_layers(name, found)) if name in HOSTS else ()
         components[name] = Component(name, header.layout, found, layers)
     return Checkpoint(path, header.nbytes, header.layout, architecture, components)
 
@@ -151,29 +154,24 @@ def _model_layers(architecture: Architecture, tensors: Mapping[str, StoredTensor
         len({match[2] for match in numbers if match and match[1] == kind}) for kind in ("double", "single")
     )
     for name, tensor in tensors.items():
-        if _is_layer(name, tensor):
-            layer = name.removesuffix(".weight")
-            flow = flow_of(architecture.family, layer, levels, (doubles, singles))
-            yield _layer(layer, tensor, tensor.shape[0], flow)
+        module, _, attribute = name.rpartition(".")
+        if attribute in ATTRIBUTES and tensor.shape:
+            flow = flow_of(architecture.family, module, levels, (doubles, singles))
+            yield _layer(name, tensor, tensor.shape[0], flow)
 
 
-def _text_layers(tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
+def _text_layers(encoder: str, tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
     """The layers of a text encoder under the host's names, whichever the file's are."""
     for name, tensor in tensors.items():
-        match = OPEN_CLIP.fullmatch(name)
-        if match is not None:
-            made = OPEN_CLIP_PARTS.get(match[2], ())
-            for part in made:
-                layer = f"text_model.encoder.layers.{match[1]}.{part}"
-                yield _layer(layer, tensor, tensor.shape[0] // len(made), Flow("text"))
-        elif _is_layer(name, tensor):
-            yield _layer(name.removesuffix(".weight"), tensor, tensor.shape[0], Flow("text"))
+        made = host_parameters(encoder, name)
+        for parameter in made:
+            if parameter.rpartition(".")[2] in ATTRIBUTES and tensor.shape:
+                yield _layer(parameter, tensor, tensor.shape[0] // len(made), Flow("text"))
 
 
-def _is_layer(name: str, tensor: StoredTensor) -> bool:
-    return name.endswith(".weight") and len(tensor.shape) >= 2 and NO_LAYERS.fullmatch(name) is None
-
-
-def _layer(name: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer:
+def _layer(parameter: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer:
     nbytes = tensor.nbytes * rows // tensor.shape[0] if tensor.shape[0] else 0
-    return Layer(name, rows, tensor.shape[1], tensor.shape[2:], tensor.stored, nbytes, flow)
+    columns = tensor.shape[1] if len(tensor.shape) > 1 else 0
+    module, _, attribute = parameter.rpartition(".")
+    multiplies = attribute == "weight" and columns > 0 and NO_LAYERS.fullmatch(parameter) is None
+    return Layer(module, rows, columns, tensor.shape[2:], tensor.stored, nbytes, flow, attribute, multiplies)

@@ -22,6 +22,9 @@ FP32 = 4
 HALF_COPIES, SINGLE_COPIES, SPLIT_COPIES = 1.5, 1.0, 3.0
 """fp32 copies of an operand in fp16 products, in fp32 products, and in those that TF32 must not round."""
 
+NORM_BYTES = 16
+"""For each number of a norm's input: four fp32 copies."""
+
 SCALE_COPIES, BLOCK_COPIES, ORDERED_BLOCK_COPIES = 1.0, 2.0, 4.0
 """Copies of its vectors that an operator makes: a scale, a block rotation, one between permutations."""
 

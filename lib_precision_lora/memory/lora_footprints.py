@@ -17,6 +17,7 @@ from lib_precision_lora.memory.checkpoint import Layer
 from lib_precision_lora.memory.chunks import (
     FP32,
     HALF_COPIES,
+    NORM_BYTES,
     SINGLE_COPIES,
     Load,
     dense_block_bytes,
@@ -115,6 +116,8 @@ def _footprint(beside: Beside, half: bool) -> HeaderFootprint:
     if beside.layer is None:
         return HeaderFootprint(tuple(sizes))
     layer, all_terms = beside.layer, [own for _, _, own in beside.placed]
+    if not layer.columns:
+        return HeaderFootprint(tuple(sizes), token_bytes=NORM_BYTES * layer.rows)
     copies_of_operand = HALF_COPIES if half else SINGLE_COPIES
     load = Load(
         layer.rows,

@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
-from lib_precision_lora.memory.naming import Place, Places, text_encoder
+from lib_precision_lora.memory.naming import Place, Places, of_text_encoder
+from lib_precision_lora.names.endings import by_module, meaning_of
+from lib_precision_lora.names.key_map import is_input_layer
+from lib_precision_lora.names.layouts import whole_norms
 
-ROLES: Mapping[str, str] = {
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight"), "up"),
-    **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".up.weight"), "up"),
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight"), "down"),
-    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".down.weight"), "down"),
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_mid.weight": "mid",
-    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector"), "magnitude"),
-    **{f".lora_magnitude_vector{ending}": "magnitude" for ending in (".weight", ".default.weight")},
-    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
-    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2", "bm")},
-    ".lora_B.bias": "diff_b",
-    ".oft_blocks": "oft_blocks",
-    ".rescale": "rescale",
-    **{f".oft_R{ending}": "oft_R" for ending in (".weight", ".default.weight")},
-    ".oft_R.scaled_oft": "scaled_oft",
-    **{f".{part}": part for part in ("oft_r", "oft_s", "boft_R", "boft_s")},
-    **{f".{part}.default": part for part in ("oft_r", "oft_s", "boft_R", "boft_s")},
-    ".ia3_l": "ia3",
-    ".ia3_l.default": "ia3",
-    ".on_input": "on_input",
-    ".diff": "diff",
-    ".w_norm": "diff",
-    ".set_weight": "diff",
-    ".diff_b": "diff_b",
-    ".b_norm": "diff_b",
-    ".alpha": "alpha",
-    ".q_layer.weight": "q_layer",
-    ".p_layer.weight": "p_layer",
-    ".lambda_layer": "lambda_layer",
-    ".weight": "weight",
-}
-"""Endings of a LoRA file's keys → what the tensor is."""
-
-_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)$")
-"""PEFT's endings with the name of the adapter in them."""
-
-_BY_LENGTH = sorted(ROLES, key=len, reverse=True)
-INPUT_LAYERS = ("img_in", "input_blocks.0.0")
-"""Layers that a control LoRA may widen."""
+MAGNITUDES = frozenset({"dora_scale", "magnitude"})
+"""The roles of a DoRA's magnitude."""
 
 _KINDS = (
-    *(("up", "lora"), ("down", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"), ("lokr_w1_a", "lokr")),
-    *(("ia3", "ia3"), ("oft_blocks", "oft"), ("oft_R", "oft"), ("oft_r", "oft"), ("boft_R", "boft")),
-    *(("a1", "glora"), ("diff", "diff"), ("diff_b", "diff")),
+    *(("lora_up", "lora"), ("lora_down", "lora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr")),
+    *(("lokr_w1_a", "lokr"), ("ia3_l", "ia3"), ("oft_blocks", "oft"), ("oft_R", "oft"), ("oft_r", "oft")),
+    *(("boft_R", "boft"), ("a1", "glora"), ("diff", "diff"), ("set_weight", "diff"), ("diff_b", "diff")),
 )
 """The kind of a layer is that of the first of these that it has."""
 
@@ -81,19 +43,20 @@ class LoraLayer:
     def fits_its_place(self) -> bool:
         """Whether up and down make the rows and columns of the place; True where that cannot be told, and
         where a control LoRA widens an input layer."""
-        if self.place is None or "mid" in self.factors or not {"up", "down"} <= self.factors.keys():
+        factors = self.factors
+        if self.place is None or "lora_mid" in factors or not {"lora_up", "lora_down"} <= factors.keys():
             return True
-        layer, up, down = self.place.layer, self.factors["up"], self.factors["down"]
+        layer, up, down = self.place.layer, factors["lora_up"], factors["lora_down"]
         rows, columns = self.place.stop - self.place.start, layer.columns * math.prod(layer.kernel)
         made = math.prod(down.shape[1:])
-        wider = layer.name.endswith(INPUT_LAYERS) and made > columns
+        wider = is_input_layer(layer.name) and made > columns
         return sum(up.shape[:1]) == rows and (wider or made == columns)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraHeader:
     """model, text: the adapters of the diffusion model and of text encoders; unknown: keys of no known
-    ending."""
+    ending, and those of a layer that the file names a second time."""
 
     path: Path
     nbytes: int
@@ -113,21 +76,18 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
     Raises `HeaderError`: not readable, a factor without sizes, or nothing in it that is known.
     """
     header = read_header(path)
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    unknown = []
-    for key, tensor in header.tensors.items():
-        plain = _NAMED.sub(r"\1.\2", key)
-        ending = next((ending for ending in _BY_LENGTH if plain.endswith(ending)), None)
-        if ending is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(plain.removesuffix(ending), {})[ROLES[ending]] = tensor
+    whole = whole_norms(header.tensors)
     model: list[LoraLayer] = []
     text: list[LoraLayer] = []
-    for name, factors in modules.items():
+    unknown: list[str] = []
+    taken: set[tuple[Place, str]] = set()
+    for name, keys in by_module(header.tensors).items():
+        factors = {meaning_of(name, key, whole)[0]: header.tensors[key] for key in keys}
+        unknown.extend(key for key in keys if not meaning_of(name, key, whole)[0])
+        factors.pop("", None)
         kind = _kind(factors)
         if kind is None:
-            unknown.append(name)
+            unknown.extend(factor.name for factor in factors.values())
             continue
         for factor in factors.values():
             if factor.elements == 0:
@@ -135,7 +95,13 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
                     f"{path}: {factor.name} has shape {list(factor.shape)} and holds no values."
                 )
         layer = LoraLayer(name, kind, _rank(kind, factors), factors, places.find(name))
-        (model if text_encoder(name) is None else text).append(layer)
+        if layer.place is not None:
+            own = {(layer.place, part) for part in _parts(factors)}
+            if taken & own:
+                unknown.extend(keys)
+                continue
+            taken |= own
+        (text if of_text_encoder(name, layer.place) else model).append(layer)
     if not model and not text:
         raise HeaderError(
             f"{path}: none of its {len(header.tensors)} tensors has a name of a LoRA; is it a checkpoint?"
@@ -143,11 +109,20 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
     return LoraHeader(path, header.nbytes, tuple(model), tuple(text), tuple(unknown))
 
 
+def _parts(factors: Iterable[str]) -> Iterator[str]:
+    """Which parameters of a layer a file changes; factors: their roles."""
+    biases = {"diff_b", "lora_up_bias"}
+    if not biases.issuperset(factors):
+        yield "weight"
+    if not biases.isdisjoint(factors):
+        yield "bias"
+
+
 def _kind(factors: Mapping[str, StoredTensor]) -> str | None:
     kind = next((kind for role, kind in _KINDS if role in factors), None)
     if "oft_blocks" in factors and kind == "oft" and len(factors["oft_blocks"].shape) == 4:
         kind = "boft"
-    if kind is None or "magnitude" not in factors:
+    if kind is None or not MAGNITUDES & factors.keys():
         return "ia3" if kind is None and "weight" in factors and "on_input" in factors else kind
     return "dora" if kind == "lora" else f"{kind} with dora"
 
@@ -167,5 +142,7 @@ def _rank(kind: str, factors: Mapping[str, StoredTensor]) -> int | None:
     if kind == "glora":
         shapes = [factors[part].shape for part in ("a1", "a2") if part in factors]
         return min((min(shape) for shape in shapes if shape), default=None)
-    inner = next((role for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in factors), None)
+    inner = next(
+        (role for role in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in factors), None
+    )
     return None if inner is None or not factors[inner].shape else factors[inner].shape[0]

@@ -22,11 +22,14 @@ from lib_precision_lora.memory.chunks import (
     SCALE_COPIES,
     chain_copies,
 )
-from lib_precision_lora.memory.lora_header import LoraLayer, triangle_size
+from lib_precision_lora.memory.lora_header import MAGNITUDES, LoraLayer, triangle_size
 from lib_precision_lora.memory.tensors import StoredTensor
 
 ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element on the card by type."""
+
+MOST_STAGES = 32
+"""A butterfly's stages are as many as the number of its inputs has binary digits, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,17 @@ class Terms:
 def terms(layer: LoraLayer) -> Terms:
     """Those of one adapter at strength 1. Exact, but for layers whose file is damaged."""
     found = _FAMILIES[layer.kind.removesuffix(" with dora")](layer)
-    if "magnitude" in layer.factors:
-        found = _decomposed(found, layer.factors["magnitude"], _kernel(layer))
-    if "diff_b" in layer.factors:
-        bias = FP32 * layer.factors["diff_b"].elements
-        found = replace(found, others=(*found.others, bias))
+    magnitude = _first(layer, *MAGNITUDES)
+    if magnitude is not None:
+        found = _decomposed(found, magnitude, _kernel(layer))
+    bias = _first(layer, "diff_b", "lora_up_bias")
+    if bias is not None:
+        found = replace(found, others=(*found.others, FP32 * bias.elements))
     return found
+
+
+def _first(layer: LoraLayer, *roles: str) -> StoredTensor | None:
+    return next((layer.factors[role] for role in roles if role in layer.factors), None)
 
 
 def _kernel(layer: LoraLayer) -> int:
@@ -85,9 +93,9 @@ def _decomposed(inner: Terms, magnitude: StoredTensor, kernel: int) -> Terms:
 
 def _lora(layer: LoraLayer) -> Terms:
     factors = layer.factors
-    if not {"up", "down"} <= factors.keys():
+    if not {"lora_up", "lora_down"} <= factors.keys():
         return _as_stored(layer)
-    up, down, mid = factors["up"], factors["down"], factors.get("mid")
+    up, down, mid = factors["lora_up"], factors["lora_down"], factors.get("lora_mid")
     rank, columns, stored = _rows(down), _columns(down), _type(down)
     if mid is not None:
         rank, columns, stored = _rows(mid), columns * math.prod(mid.shape[2:]), "F32"
@@ -180,7 +188,7 @@ def _stages(blocks: StoredTensor, ordered_first: bool) -> tuple[tuple[int, ...],
     blocks: [count, b, b], or [stages, count, b, b], each stage between an order of 8-byte numbers and its
     inverse; ordered_first: the first stage too.
     """
-    if len(blocks.shape) != 4:
+    if len(blocks.shape) != 4 or blocks.shape[0] > MOST_STAGES:
         return (FP32 * blocks.elements,), [BLOCK_COPIES]
     stages, count, size = blocks.shape[:3]
     sizes: list[int] = []
@@ -193,21 +201,21 @@ def _stages(blocks: StoredTensor, ordered_first: bool) -> tuple[tuple[int, ...],
 
 
 def _diff(layer: LoraLayer) -> Terms:
-    diff = layer.factors.get("diff")
+    diff = _first(layer, "diff", "set_weight")
     if diff is None:
         return Terms()
     if len(diff.shape) == 1:
         return Terms(others=(FP32 * diff.elements,))
-    replaced = diff.name.endswith(".set_weight")
+    replaced = "diff" not in layer.factors
     return Terms(whole=True, dense=diff.elements, left=SCALE_COPIES if replaced else None)
 
 
 def _ia3(layer: LoraLayer) -> Terms:
     """Where neither the file's shapes nor the layer's tell the axis, inputs: they take more."""
-    values = layer.factors.get("ia3") or layer.factors["weight"]
+    values = layer.factors.get("ia3_l") or layer.factors["weight"]
     on_input = layer.place is None or values.elements != layer.place.stop - layer.place.start
     if layer.place is not None and layer.place.layer.columns == values.elements and not on_input:
-        by_row = "ia3" in layer.factors and (len(values.shape) > 2 or values.shape[:1] != (1,))
+        by_row = "ia3_l" in layer.factors and (len(values.shape) > 2 or values.shape[:1] != (1,))
         on_input = not by_row
     if on_input:
         return Terms(others=(FP32 * values.elements * _kernel(layer),), turn=SCALE_COPIES)
@@ -228,7 +236,7 @@ _FAMILIES: Mapping[str, Callable[[LoraLayer], Terms]] = {
 
 
 def _as_stored(layer: LoraLayer) -> Terms:
-    apart = ("alpha", "magnitude", "diff_b")
+    apart = ("alpha", *MAGNITUDES, "diff_b", "lora_up_bias")
     return Terms(others=tuple(_held(factor) for role, factor in layer.factors.items() if role not in apart))
 
 

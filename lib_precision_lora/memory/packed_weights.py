@@ -11,11 +11,11 @@ import json
 import math
 from typing import Any
 
-from lib_precision_lora.memory.tensors import Header, HeaderError, StoredTensor
+from lib_precision_lora.memory.tensors import MOST_AXES, Header, HeaderError, StoredTensor
 
 MARK = ".quant_state.bitsandbytes__"
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-LARGEST_STATE = 2**16
+LARGEST_STATE = 2**12
 
 
 def logical_tensors(header: Header) -> dict[str, StoredTensor]:
@@ -53,9 +53,9 @@ def _shape(header: Header, state: StoredTensor, text: bytes) -> tuple[int, ...]:
     try:
         entries: Any = json.loads(text)
         shape = tuple(entries["shape"])
-        if all(type(number) is int and number >= 0 for number in shape):
+        if len(shape) <= MOST_AXES and all(type(size) is int and 0 <= size < 2**60 for size in shape):
             return shape
-        reason = f"the shape is {list(shape)}"
+        reason = f"its shape is not one of at most {MOST_AXES} sizes"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error)
     raise HeaderError(

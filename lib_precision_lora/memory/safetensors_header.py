@@ -6,16 +6,17 @@ Source: the format's description in the safetensors repository.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from lib_precision_lora.memory.tensors import Header, HeaderError, StoredTensor, check_places
+from lib_precision_lora.memory.header_json import Entry, HeaderTextError, parse_header
+from lib_precision_lora.memory.tensors import Header, HeaderError, StoredTensor, check_places, shortened
 
-LARGEST_JSON = 100_000_000
-"""The largest header that the safetensors library reads, in bytes."""
+LARGEST_JSON = 2**24
+"""The largest header that is read, in bytes. Those of the largest models have some 2 MB; the library takes
+100 MB, which no file of a model needs."""
 
 BITS: Mapping[str, int] = {
     "F4": 4,
@@ -51,23 +52,19 @@ def read_safetensors_header(path: Path, file: BinaryIO, size: int) -> Header:
         state = "empty" if size == 0 else f"truncated: it has {size} bytes"
         raise HeaderError(f"{path}: the file is {state}; download it again.")
     length = int.from_bytes(start, "little")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise HeaderError(
-            f"{path}: it is a pickled checkpoint, which cannot be read without running its code; "
-            "use it as safetensors."
-        )
     if length > LARGEST_JSON:
-        raise HeaderError(
-            f"{path}: it is neither a safetensors nor a GGUF file: its first bytes announce a header of "
-            f"{length} bytes, above the limit of {LARGEST_JSON}."
-        )
+        raise HeaderError(f"{path}: {_other_kind(start, length)}")
     if 8 + length > size:
         raise HeaderError(
             f"{path}: the file is truncated: it has {size} bytes, and its header alone {8 + length}; "
             "download it again."
         )
-    entries = _parse(path, file.read(length))
-    metadata = entries.pop("__metadata__", {})
+    try:
+        entries, metadata = parse_header(file.read(length))
+    except HeaderTextError as error:
+        raise HeaderError(
+            f"{path}: it is no safetensors file, or a damaged one: its header cannot be read ({error})."
+        ) from error
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     check_places(path, tensors.values(), size)
     covered = 8 + length + sum(tensor.nbytes for tensor in tensors.values())
@@ -76,42 +73,33 @@ def read_safetensors_header(path: Path, file: BinaryIO, size: int) -> Header:
             f"{path}: the file is damaged: it has {size} bytes, and its header accounts for {covered}; "
             "download it again."
         )
-    return Header(path, "safetensors", size, tensors, metadata if isinstance(metadata, dict) else {})
+    return Header(path, "safetensors", size, tensors, metadata)
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            raise ValueError("a key stands there twice")
-        return entries
-
-    try:
-        entries = json.loads(text, object_pairs_hook=unique)
-        if isinstance(entries, dict):
-            return entries
-        reason = "it is no JSON object"
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise HeaderError(
-        f"{path}: it is no safetensors file, or a damaged one: its header cannot be read ({reason})."
+def _other_kind(start: bytes, length: int) -> str:
+    """What a file is whose first bytes are no length of a header."""
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return (
+            "it is a pickled checkpoint, which cannot be read without running its code; "
+            "use it as safetensors."
+        )
+    return (
+        "it is neither a safetensors nor a GGUF file: its first bytes announce a header of "
+        f"{length} bytes, above the limit of {LARGEST_JSON}."
     )
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    try:
-        stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise ValueError("a size is no natural number")
-        bits = math.prod(shape) * BITS[stored]
-    except (KeyError, TypeError, ValueError) as error:
+def _tensor(path: Path, name: str, entry: Entry, data_start: int) -> StoredTensor:
+    shape, stored, size = entry.shape, entry.dtype, entry.end - entry.begin
+    if stored not in BITS:
         raise HeaderError(
-            f"{path}: the header's entry for {name} cannot be read ({type(error).__name__}: {error}); the "
-            "file is damaged or of a newer format."
-        ) from error
-    if begin > end or bits % 8 or bits // 8 != end - begin:
-        raise HeaderError(
-            f"{path}: {name} of shape {list(shape)} in {stored} takes {-(-bits // 8)} bytes, its place in "
-            f"the file is {begin} to {end}; the file is damaged, download it again."
+            f"{path}: {shortened(name)} is of the type {stored}, which is not known here; the file is "
+            "damaged or of a newer format."
         )
-    return StoredTensor(name, shape, stored, end - begin, data_start + begin)
+    bits = math.prod(shape) * BITS[stored]
+    if size < 0 or bits % 8 or bits // 8 != size:
+        raise HeaderError(
+            f"{path}: {shortened(name)} of shape {list(shape)} in {stored} takes {-(-bits // 8)} bytes, its "
+            f"place in the file is {entry.begin} to {entry.end}; the file is damaged, download it again."
+        )
+    return StoredTensor(name, shape, stored, size, data_start + entry.begin)

@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MOST_TENSORS = 2**15
+"""In one file. The largest that are known have some thousands; every name costs time and memory."""
+
+LONGEST_NAME = 512
+"""Bytes of a tensor's name. The longest that trainers write have less than 200."""
+
+MOST_AXES = 8
+
 
 class HeaderError(ValueError):
     """A file whose header cannot be used; one sentence that names the file."""
@@ -38,6 +46,11 @@ class Header:
     nbytes: int
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shortened(name: str) -> str:
+    """For a message."""
+    return name if len(name) <= 80 else f"{name[:80]}…"
 
 
 def check_places(path: Path, tensors: Iterable[StoredTensor], end: int) -> None:

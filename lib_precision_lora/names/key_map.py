@@ -1,7 +1,8 @@
-"""Names that a host's key map lacks, made from the model's own parameters.
+"""Under which names files know the parameters of a model.
 
-Trainers that save diffusers' names split what MMDiT models fuse, q, k and v above all: such a name means
-some rows of a parameter, and in the places where diffusers has scale before shift, rows in another order.
+A host knows a part of them, its own key map; the rest is made from the model's parameters. Trainers that save
+diffusers' names split what MMDiT models fuse, q, k and v above all: such a name means some rows of a
+parameter, and in the places where diffusers has scale before shift, rows in another order.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from lib_precision_lora.names.mmdit import Part, mmdit_parts
+from lib_precision_lora.names.mmdit import Part, joint_blocks, mmdit_parts
+from lib_precision_lora.names.unet import diffusers_names, unet_blocks
 
 Shape = tuple[int, ...]
+
+DENOISER = "diffusion_model."
+"""How a host's names of the diffusion model's parameters begin."""
 
 CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("lora_te1_", "lora_te_"),
@@ -21,9 +26,7 @@ CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
 }
 """The host's name of a text encoder → under which prefixes files know its modules."""
 
-INPUT_LAYERS = ("img_in.weight", "input_blocks.0.0.weight")
-"""Where a file may have another number of input channels than the checkpoint, as control LoRAs do; anywhere
-else that is the sign of another model."""
+_INPUT_LAYERS = ("img_in", "input_blocks.0.0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,32 +39,51 @@ class Rows:
     swapped: bool = False
 
 
-def more_names(
-    parameter: str, known: Collection[str], shape_of: Callable[[str], Shape]
-) -> Iterator[tuple[str, Rows]]:
-    """Names by which files know a parameter, or some of its rows, beside those of every host.
+def is_input_layer(name: str) -> bool:
+    """Whether a file may have another number of input channels than this layer or weight, as control LoRAs
+    do; anywhere else that is the sign of another model."""
+    return name.removesuffix(".weight").endswith(_INPUT_LAYERS)
 
-    parameter: as in `named_parameters()` of the host's wrapper, `diffusion_model.…` or `clip_l.…`; known:
-    all of them; shape_of: the logical shape of one, asked for fused weights alone.
+
+def every_name(parameters: Collection[str], shape_of: Callable[[str], Shape]) -> Iterator[tuple[str, Rows]]:
+    """Every name that is known, a host's own first; arguments as for `more_names`."""
+    inside = [parameter.removeprefix(DENOISER) for parameter in parameters if parameter.startswith(DENOISER)]
+    blocks = {block.name: block for block in unet_blocks(inside)}
+    for path in inside:
+        module, _, attribute = path.rpartition(".")
+        if attribute == "weight":
+            yield DENOISER + module, Rows(DENOISER + path)
+            for name in (module, *diffusers_names(module, blocks)):
+                yield f"lora_unet_{_flat(name)}", Rows(DENOISER + path)
+        else:
+            yield DENOISER + path, Rows(DENOISER + path)
+    yield from more_names(parameters, shape_of)
+
+
+def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) -> Iterator[tuple[str, Rows]]:
+    """Names by which files know a model's parameters, or some of their rows, beside those of every host.
+
+    parameters: as in `named_parameters()` of the host's wrapper, `diffusion_model.…` or `clip_l.…`;
+    shape_of: the logical shape of one of them, asked for fused weights alone.
     """
-    module, _, attribute = parameter.rpartition(".")
-    if attribute not in ("weight", "scale"):
-        return
-    root, _, path = module.partition(".")
-    if root == "diffusion_model":
-        if attribute == "scale":
-            yield f"lora_unet_{path.replace('.', '_')}", Rows(parameter)
-        for part in mmdit_parts(path, known):
-            rows = _rows(parameter, part, shape_of)
-            for name in part.names:
-                yield name, rows
-    elif root in CLIP_PREFIXES and path.startswith("transformer."):
-        flat = path.removeprefix("transformer.").replace(".", "_")
-        prefixes = CLIP_PREFIXES[root]
-        if root == "clip_g" and not any(name.startswith("clip_l.") for name in known):
-            prefixes += ("lora_te_",)
-        for prefix in prefixes:
-            yield prefix + flat, Rows(parameter)
+    joint = joint_blocks(parameter.removeprefix(DENOISER) for parameter in parameters)
+    clip_l = any(parameter.startswith("clip_l.") for parameter in parameters)
+    for parameter in parameters:
+        module, _, attribute = parameter.rpartition(".")
+        if attribute not in ("weight", "scale"):
+            continue
+        root, _, path = module.partition(".")
+        if root == "diffusion_model":
+            if attribute == "scale":
+                yield f"lora_unet_{_flat(path)}", Rows(parameter)
+            for part in mmdit_parts(path, joint):
+                rows = _rows(parameter, part, shape_of)
+                for name in part.names:
+                    yield name, rows
+        elif root in CLIP_PREFIXES and path.startswith("transformer."):
+            first = ("lora_te_",) if root == "clip_g" and not clip_l else ()
+            for prefix in (*CLIP_PREFIXES[root], *first):
+                yield prefix + _flat(path.removeprefix("transformer.")), Rows(parameter)
 
 
 def _rows(parameter: str, part: Part, shape_of: Callable[[str], Shape]) -> Rows:
@@ -71,3 +93,7 @@ def _rows(parameter: str, part: Part, shape_of: Callable[[str], Shape]) -> Rows:
     width = shape[0] // 3 if part.of == 3 else shape[1]
     length = width if part.index < 3 else shape[0] - 3 * width
     return Rows(parameter, (part.index * width, length), part.swapped)
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")

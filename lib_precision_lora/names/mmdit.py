@@ -9,7 +9,7 @@ OneTrainer has two layouts more: parts of fused layers numbered (`qkv.0`, OMI), 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 FLUX_DOUBLE: Mapping[str, str] = {
@@ -85,7 +85,7 @@ QKV: Mapping[str, tuple[str, str, str]] = {
 LINEAR1 = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
 """What the first layer of Flux's single blocks is made of; the last part is wider than the others."""
 
-_BLOCK = re.compile(r"(double|single|joint)_blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(double|single|joint)_blocks\.([0-9]{1,4})\.(.+)")
 _APPROXIMATOR = re.compile(r"distilled_guidance_layer\.(layers|norms)\.(\d+)(?:\.(in|out)_layer)?")
 _BLOCKS = {
     "double": "transformer_blocks",
@@ -108,11 +108,17 @@ class Part:
     swapped: bool = False
 
 
-def mmdit_parts(path: str, parameters: Collection[str]) -> Iterator[Part]:
+def joint_blocks(paths: Iterable[str]) -> frozenset[int]:
+    """The numbers of SD 3's blocks among the paths of a diffusion model's modules or parameters."""
+    blocks = (_BLOCK.fullmatch(path) for path in paths)
+    return frozenset(int(block[2]) for block in blocks if block and block[1] == "joint")
+
+
+def mmdit_parts(path: str, joint: Collection[int]) -> Iterator[Part]:
     """What files call a module, or its parts; none for a module of another architecture.
 
-    path: the module in its authors' names, inside the diffusion model; parameters: all of the model's, which
-    tell SD 3's last block from the others.
+    path: the module in its authors' names, inside the diffusion model; joint: the model's `joint_blocks`,
+    which tell SD 3's last block from the others.
     """
     block = _BLOCK.fullmatch(path)
     if block is None:
@@ -126,10 +132,7 @@ def mmdit_parts(path: str, parameters: Collection[str]) -> Iterator[Part]:
         yield Part((home + _flat(name), numbered), index, len(fused))
     name = {"double": FLUX_DOUBLE, "single": FLUX_SINGLE, "joint": SD3_BLOCK}[kind].get(inner, "")
     if name:
-        last = f"diffusion_model.joint_blocks.{int(number) + 1}."
-        swapped = inner == "context_block.adaLN_modulation.1" and not any(
-            parameter.startswith(last) for parameter in parameters
-        )
+        swapped = inner == "context_block.adaLN_modulation.1" and int(number) + 1 not in joint
         yield Part((home + _flat(name),), swapped=swapped)
 
 

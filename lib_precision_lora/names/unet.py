@@ -31,6 +31,9 @@ OUTSIDE: Mapping[str, tuple[str, ...]] = {
 }
 """Layers outside of blocks: in the checkpoint → in diffusers."""
 
+DEEPEST_BLOCK = 4
+"""Steps in the longest name of a block, `input_blocks.3.0.op`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -43,7 +46,11 @@ class Block:
 
 def unet_blocks(names: Collection[str]) -> tuple[Block, ...]:
     """Every block of the checkpoint; names: those of its parameters."""
-    prefixes = {".".join(name.split(".")[:depth]) for name in names for depth in (2, 3, 4)}
+    prefixes = {
+        ".".join(steps[:depth])
+        for steps in (name.split(".", DEEPEST_BLOCK) for name in names)
+        for depth in range(2, DEEPEST_BLOCK + 1)
+    }
     down = tuple(_down(prefixes))
     deepest = max((block.level for block in down), default=0)
     middle = tuple(
@@ -54,6 +61,22 @@ def unet_blocks(names: Collection[str]) -> tuple[Block, ...]:
         if f"middle_block.{index}" in prefixes
     )
     return (*down, *middle, *_up(prefixes, deepest))
+
+
+def diffusers_names(module: str, blocks: Mapping[str, Block]) -> tuple[str, ...]:
+    """What diffusers calls a module of the checkpoint; none where it has no name for it.
+
+    blocks: those of the model, by their names in the checkpoint.
+    """
+    if module in OUTSIDE:
+        return OUTSIDE[module]
+    steps = module.split(".", DEEPEST_BLOCK)
+    for depth in range(min(len(steps), DEEPEST_BLOCK), 1, -1):
+        block = blocks.get(".".join(steps[:depth]))
+        if block is not None:
+            part = ".".join(steps[depth:])
+            return (".".join(filter(None, (block.diffusers, RESNET.get(part, part)))),)
+    return ()
 
 
 def _down(prefixes: Collection[str]) -> Iterator[Block]:

@@ -95,7 +95,7 @@ def test_a_whole_checkpoint_is_told_apart_into_its_components(tmp_path: Path) ->
         "other": 1,
     }
     layers = {layer.name: layer for layer in checkpoint.components["CLIP-G"].layers}
-    assert len(layers) == 32 * 6
+    assert len(layers) == 32 * 6 + 1
     assert layers["text_model.encoder.layers.31.self_attn.v_proj"].rows == 1280
     assert layers["text_model.encoder.layers.0.mlp.fc1"].rows == 5120
     assert len(checkpoint.components["CLIP-L"].layers) == 12 * 6

@@ -105,18 +105,18 @@ def assert_refused(path: Path, message: str) -> None:
         (safetensors_bytes(b"\xff\xfe{}"), "header cannot be read"),
         (safetensors_bytes(b"[1, 2]"), "no JSON object"),
         (safetensors_bytes(b"[" * 100_000), "header cannot be read"),
-        (safetensors_bytes(b'{"a": 1, "a": 2}'), "twice"),
-        (safetensors_bytes({"a": 1}), "entry for a cannot be read"),
-        (safetensors_bytes({"a": entry([1], 0, 4, "F99")}, 4), "entry for a cannot be read"),
-        (safetensors_bytes({"a": entry([-1], 0, 4)}, 4), "entry for a cannot be read"),
-        (safetensors_bytes({"a": entry([1.0], 0, 4)}, 4), "entry for a cannot be read"),  # type: ignore[list-item]
+        (safetensors_bytes(b'{"a": %b, "a": %b}' % ((json.dumps(entry([1], 0, 4)).encode(),) * 2)), "twice"),
+        (safetensors_bytes({"a": 1}), "entry for a is no object"),
+        (safetensors_bytes({"a": entry([1], 0, 4, "F99")}, 4), "a is of the type F99"),
+        (safetensors_bytes({"a": entry([-1], 0, 4)}, 4), "entry for a is not"),
+        (safetensors_bytes({"a": entry([1.0], 0, 4)}, 4), "entry for a is not"),  # type: ignore[list-item]
         (safetensors_bytes({"a": entry([2], 0, 4)}, 4), "takes 8 bytes, its place in the file is 0 to 4"),
         (safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, 6), "a and b overlap"),
         (safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, 4), "a and b overlap"),
         (safetensors_bytes({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, 12), "accounts for"),
         (safetensors_bytes({"a": entry([1], 0, 4)}, 3), "is truncated: it has"),
         (safetensors_bytes({"a": entry([1], 0, 4)}, 5), "accounts for"),
-        (safetensors_bytes({"a": entry([10**12, 10**12], 0, 4 * 10**24)}), "is truncated"),
+        (safetensors_bytes({"a": entry([10**9, 10**8], 0, 4 * 10**17)}), "is truncated"),
     ],
 )
 def test_a_bad_safetensors_file_is_refused_in_one_sentence_that_names_it(

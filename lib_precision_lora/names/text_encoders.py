@@ -1,0 +1,49 @@
+"""The parameters of text encoders: as checkpoints name them → as the host's models do.
+
+A host loads CLIP in the names of transformers, `text_model.…`, whether the checkpoint has these, those of
+OpenCLIP, where q, k and v are one matrix, or the path below `text_model` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+HOSTS: Mapping[str, str] = {"CLIP-L": "clip_l", "CLIP-H": "clip_h", "CLIP-G": "clip_g", "T5": "t5xxl"}
+"""A text encoder → the host's name of it."""
+
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)(weight|bias)")
+_RESBLOCK_PARTS: Mapping[str, tuple[str, ...]] = {
+    "attn.in_proj_": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj.": ("self_attn.out_proj",),
+    "mlp.c_fc.": ("mlp.fc1",),
+    "mlp.c_proj.": ("mlp.fc2",),
+    "ln_1.": ("layer_norm1",),
+    "ln_2.": ("layer_norm2",),
+}
+_OPEN_CLIP: Mapping[str, str] = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+}
+
+
+def host_parameters(encoder: str, name: str) -> tuple[str, ...]:
+    """The host's parameters that are made of one of the checkpoint's: as many equal parts of its rows.
+
+    encoder: one of `HOSTS`; name: without the checkpoint's prefix; the host's has no prefix either.
+    """
+    if encoder == "T5":
+        return (name.removeprefix("transformer."),)
+    if name in _OPEN_CLIP:
+        return (_OPEN_CLIP[name],)
+    match = _RESBLOCK.fullmatch(name)
+    if match is None:
+        path = name.removeprefix("transformer.")
+        inside = path.startswith(("text_model.", "text_projection", "logit_scale"))
+        return (path if inside else f"text_model.{path}",)
+    number, part, attribute = match.groups()
+    made = _RESBLOCK_PARTS.get(part, ())
+    return tuple(f"text_model.encoder.layers.{number}.{each}.{attribute}" for each in made)
