@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from lib_precision_lora.adapters.target import Target
@@ -18,6 +19,7 @@ from lib_precision_lora.names.layouts import aliases, bare_name, text_encoder_pa
 PARTS_OF_A_NAME = 4
 """A key has at most so many parts behind the name of its layer, as in `….lora_magnitude_vector.default.weight`."""
 
+LOOKED_AT = 1000
 LONGEST_NAME = 512
 """No layer has a longer one; a hostile file may."""
 
@@ -126,3 +128,20 @@ def _owner(name: str, layers: Mapping[Hashable, LayerKeys], places: _Places) -> 
         if not name:
             break
     return None
+
+
+def endings_of_known_layers(keys: Iterable[str], key_maps: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What stands behind the names of layers in keys whose beginning is a layer's; each ending once.
+
+    Only the first keys are looked at: of a file that is not understood, they tell what it is.
+    """
+    endings: dict[str, None] = {}
+    places = [_Places(key_map) for key_map in key_maps]
+    for key in islice(keys, LOOKED_AT):
+        name = key
+        for _ in range(PARTS_OF_A_NAME):
+            name = name.rpartition(".")[0]
+            if name and len(name) <= LONGEST_NAME and any(known.find(name) is not None for known in places):
+                endings[key[len(name) :]] = None
+                break
+    return tuple(endings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lib_precision_lora.host.progress import Interrupted, Stage, unshown
+from lib_precision_lora.names.architectures import UNNAMED
 from lib_precision_lora.ticks import Tick
 
 CHUNK_BYTES = 16 * 2**20
@@ -46,6 +48,16 @@ class Stamp:
         return cls(path, status.st_size, status.st_mtime_ns)
 
 
+class FileTensors(dict[str, Tensor]):
+    """The tensors of a file; metadata: what its header says besides, as of their scales."""
+
+    metadata: Mapping[str, str]
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
 class LoraFiles:
     """State dicts by version of the file, within a bound of RAM; the least recently used one goes first.
 
@@ -75,10 +87,14 @@ class LoraFiles:
             self._kept.move_to_end(stamp)
             return self._kept[stamp]
         name = Path(stamp.path).name
+        metadata: Mapping[str, str] = {}
         try:
             with self._stage(f"LoRA {Path(name).stem}: reading") as tick:
                 if name.lower().endswith(".safetensors"):
-                    state_dict: Mapping[str, Tensor] = safetensors.torch.load(content_of(stamp, tick))
+                    content = content_of(stamp, tick)
+                    state_dict: Mapping[str, Tensor] = safetensors.torch.load(content)
+                    metadata = metadata_of(content)
+                    del content
                 else:
                     tick(0, 0)
                     state_dict = self._read_other(stamp.path)
@@ -90,7 +106,10 @@ class LoraFiles:
             ) from error
         except Exception as error:  # a pickle can fail in any way
             raise FileProblem(f"{name} cannot be read ({error}): download or copy it again") from error
-        tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+        if isinstance(state_dict, (list, tuple)):
+            raise FileProblem(UNNAMED)
+        values = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
+        tensors = FileTensors(values, metadata)
         if not tensors:
             raise FileProblem(f"{name} holds no tensors: it is no LoRA")
         self._kept[stamp] = tensors
@@ -107,6 +126,13 @@ class LoraFiles:
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+def metadata_of(content: bytes) -> Mapping[str, str]:
+    """What the header of a whole safetensors file says besides its tensors; content: one that was read."""
+    size = int.from_bytes(content[:8], "little")
+    metadata: Mapping[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return metadata
 
 
 def content_of(stamp: Stamp, tick: Tick) -> bytes:

@@ -14,7 +14,7 @@ class FileReport:
 
     kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
     matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
-    WebUI's own way; unmatched: keys without a layer; problem: why it was left out whole, or None.
+    WebUI's own way; unmatched: keys without a layer; findings: what people should know of it; problem: why it was left out whole, or None.
     """
 
     name: str
@@ -27,6 +27,7 @@ class FileReport:
     text_layers: int = 0
     host_layers: int = 0
     unmatched: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -77,7 +78,7 @@ class GenerationReport:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "files": [
                 {**dataclasses.asdict(file), "ranks": list(file.ranks), "alphas": list(file.alphas)}
-                | {"unmatched": list(file.unmatched)}
+                | {"unmatched": list(file.unmatched), "findings": list(file.findings)}
                 for file in self.files
             ],
             "stored": dict(self.stored),

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, AdapterFile, adapter_bytes, read_adapters
+from lib_precision_lora.adapters.adapter import widened
+from lib_precision_lora.names.architectures import unreadable
 
 
 class UnreadableFileError(ValueError):
@@ -21,7 +23,8 @@ class UnreadableFileError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One adapter. alpha: as the file gives it, None where it gives none; nbytes: of its factors."""
+    """One adapter. alpha: as the file or its header gives it, None where none scales it; nbytes: of its
+    factors."""
 
     name: str
     kind: str
@@ -33,7 +36,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """layout: who writes files so ("kohya", "PEFT", …); unmatched: keys that are not understood, which
-    alone are no finding; findings: why the file, or a part of it, cannot be applied."""
+    are a finding where they belong to a layer that is; findings: why the file, or a part of it, cannot be
+    applied, and where its header disagrees."""
 
     path: str
     nbytes: int
@@ -64,9 +68,9 @@ class Inspection:
 
 def inspect_file(path: Path) -> Inspection:
     """Raises UnreadableFileError for a missing, truncated or other file than safetensors."""
-    tensors = read_lora_file(path)
+    tensors, metadata = read_lora_file(path)
     try:
-        adapters = read_adapters(tensors)
+        adapters = read_adapters(tensors, metadata=metadata)
         refusal = None
     except AdapterError as error:
         adapters, refusal = AdapterFile({}, (), "unknown"), str(error)
@@ -74,17 +78,18 @@ def inspect_file(path: Path) -> Inspection:
         path=str(path),
         nbytes=path.stat().st_size,
         layout=adapters.layout,
-        layers=tuple(layers(adapters, tensors)),
+        layers=tuple(layers(adapters)),
         unmatched=adapters.unmatched,
         findings=tuple(findings(tensors, adapters, refusal)),
     )
 
 
-def read_lora_file(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. Raises UnreadableFileError."""
+def read_lora_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Every tensor of a safetensors file, on the CPU, and its header's metadata. Raises UnreadableFileError."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except FileNotFoundError as error:
         raise UnreadableFileError(f"{path}: there is no such file; check the path.") from error
     except SafetensorError as error:
@@ -97,28 +102,38 @@ def read_lora_file(path: Path) -> dict[str, Tensor]:
         raise UnreadableFileError(f"{path}: the file cannot be read: {reason}; check the path.") from error
 
 
-def layers(adapters: AdapterFile, tensors: Mapping[str, Tensor]) -> Iterator[Layer]:
+def layers(adapters: AdapterFile) -> Iterator[Layer]:
     for name, adapter in adapters.items():
-        alpha = tensors.get(f"{name}.alpha")
         yield Layer(
             name=str(name),
             kind=adapter.kind,
             rank=adapter.rank,
-            alpha=None if alpha is None else float(alpha),
+            alpha=adapters.alphas.get(name),
             nbytes=adapter_bytes(adapter),
         )
 
 
 def findings(tensors: Mapping[str, Tensor], adapters: AdapterFile, refusal: str | None) -> Iterator[str]:
-    """One sentence each: tensors without values, with NaN or inf, what the reader refused, no layer."""
+    """One sentence each: tensors without values, with NaN or inf, what the reader found and refused, no
+    layer. A whole LoKr's alpha, which scales nothing, may be inf."""
     for key, values in tensors.items():
         if values.numel() == 0:
             yield f"{key}: shape {list(values.shape)} holds no values (rank zero)"
-        elif values.is_floating_point():
-            count = int((~torch.isfinite(values.float())).sum())
+        elif values.is_floating_point() and not (key.endswith(".alpha") and adapters):
+            count = _not_finite(key, values)
             if count:
                 yield f"{key}: {count} of {values.numel()} values are NaN or inf"
+    yield from adapters.findings
     if refusal is not None:
         yield f"the file cannot be applied: {refusal}"
     elif not adapters:
-        yield f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a kind not known yet?"
+        form = unreadable(tensors)
+        yield f"{form}" if form is not None else f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a kind not known yet?"
+
+
+def _not_finite(key: str, values: Tensor) -> int:
+    """How many values are NaN or inf; none in a type that cannot be read, which the reader refuses."""
+    try:
+        return int((~torch.isfinite(widened(key, "", values))).sum())
+    except AdapterError:
+        return 0

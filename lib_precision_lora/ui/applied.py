@@ -18,6 +18,7 @@ APPLIED, LEFT_OUT, BY_HOST = "LoRAs applied", "left out", "LoRAs left to the Web
 NONE, UNFINISHED = "No LoRA was applied.", "The generation did not finish. Until then:"
 KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "text encoder"
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
+FINDINGS = "Findings"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
 TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
 STEP, FOR_LORAS = "Time per model pass", "of them for LoRAs"
@@ -25,7 +26,7 @@ MEMORY, PLANNED, MEASURED = "LoRA factors on the device", "predicted", "measured
 STREAMED, EXTRA = "Streamed from RAM", "Predicted peak for LoRAs"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
-    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
+    *(HOST_LAYERS, FINDINGS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
     *(STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
 )
 """All words of this part of the page, for translators."""
@@ -64,11 +65,13 @@ def _file(file: FileReport) -> str:
     keys = "".join(f"<li>{escape(key)}</li>" for key in file.unmatched[:SHOWN_KEYS])
     keys += "<li>…</li>" if len(file.unmatched) > SHOWN_KEYS else ""
     skipped = f"<details><summary>{len(file.unmatched)}</summary><ul>{keys}</ul></details>" if keys else ""
+    findings = "".join(f"<p>{escape(finding)}</p>" for finding in file.findings)
     body = _list(
         (STRENGTH, strength),
         (KIND, escape(file.kinds)),
         (ALPHA, ", ".join(f"{alpha:g}" for alpha in file.alphas)),
         (LAYERS, ", ".join(f"{count} {_word(what)}" for what, count in counts if count)),
+        (FINDINGS, findings),
         (SKIPPED, skipped),
     )
     return f"<section><h4>{escape(file.name)}</h4>{body}</section>"
