@@ -9,10 +9,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Running, Step
 
-
-_POWERS_OF_TWO = tuple(
-    getattr(torch, name) for name in ("float8_e8m0fnu",) if hasattr(torch, name)
-)
+_POWERS_OF_TWO = tuple(getattr(torch, name) for name in ("float8_e8m0fnu",) if hasattr(torch, name))
 """Types of one byte whose values fp16 does not hold; older torch has none."""
 
 
@@ -63,10 +60,10 @@ def require_finite(name: str, **tensors: Tensor | None) -> None:
 
 
 def widened(name: str, role: str, tensor: Tensor) -> Tensor:
-    """The tensor in a type that can be asked for its values: FP8 exactly in fp16, E8M0 (powers of two) in fp32.
+    """The tensor in a type that can be asked for its values: FP8 in fp16, E8M0 (powers of two) in fp32.
 
-    Other types stay. Raises `AdapterError` for floats of less than a byte: torch keeps several of them in one
-    element, and computes with none.
+    Both are exact; other types stay. Raises `AdapterError` for floats of less than a byte: torch keeps
+    several of them in one element, and computes with none.
     """
     if not tensor.dtype.is_floating_point or tensor.element_size() > 1:
         return tensor

@@ -1,7 +1,7 @@
-"""What a file's header says of its training: alphas, ranks and rank-stabilized scaling, which PEFT keeps apart
-from the tensors.
+"""What a file's header says of its training: alphas, ranks and rank-stabilized scaling, which PEFT keeps
+apart from the tensors.
 
-    scale = lora_alpha / r, or lora_alpha / √r with `use_rslora`        both by layer, where a pattern names it
+    scale = lora_alpha / r, or lora_alpha / √r with `use_rslora`        by layer, where a pattern names it
 
 diffusers (0.34 and later) and SimpleTuner write PEFT's configuration as JSON under `lora_adapter_metadata`,
 each of its names behind that of the component (`transformer.lora_alpha`). Others write it bare, by component,
@@ -23,8 +23,9 @@ from lib_precision_lora.names.layouts import bare_name, text_encoder_path
 DIFFUSERS = "lora_adapter_metadata"
 _COMPONENTS = ("transformer", "unet", "diffusion_model", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FLAT = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_")
-_FIELDS = ("lora_alpha", "alpha", "r", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "peft_type")
-_FIELDS += ("init_lora_weights",)
+_FIELDS = frozenset(
+    ("lora_alpha", "alpha", "r", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "peft_type")
+) | {"init_lora_weights"}
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 """`init_lora_weights` that take their first factors out of the base: the file fits what they left of it."""
 
@@ -70,9 +71,9 @@ class Declared:
 
     def _component_of(self, bare: str) -> str:
         number, _ = text_encoder_path(bare)
-        wanted = ("transformer", "unet", "diffusion_model")
+        wanted = ["transformer", "unet", "diffusion_model"]
         if number is not None:
-            wanted = ("text_encoder",) if number == 1 else (f"text_encoder_{number}", "text_encoder_2")
+            wanted = ["text_encoder"] if number == 1 else [f"text_encoder_{number}", "text_encoder_2"]
         return next((component for component in wanted if component in self._components), "")
 
 
@@ -90,8 +91,8 @@ class _Component:
         start = str(fields.get("init_lora_weights")).lower()
         if start.startswith(_OTHER_BASES):
             findings.append(
-                f"the header says that the training began with {start[:20]}, which changes the base: the file fits "
-                "that base alone; ask its maker for one that is converted to a plain LoRA"
+                f"the header says that the training began with {start[:20]}, which changes the base: the "
+                "file fits that base alone; ask its maker for one that is converted to a plain LoRA"
             )
 
     def training(self, path: str, flat: bool) -> Training:
@@ -114,7 +115,9 @@ def _configurations(metadata: Mapping[str, str], findings: list[str]) -> dict[st
         elif name == DIFFUSERS or '"lora_alpha"' in text or '.lora_alpha"' in text or '"peft_type"' in text:
             parsed = _parsed(text, None)
             if not isinstance(parsed, dict):
-                findings.append(f"the header's {name[:60]} is no JSON that can be read: its alphas are not known")
+                findings.append(
+                    f"the header's {name[:60]} is no JSON that can be read: its alphas are not known"
+                )
                 continue
             for component, field, value in _fields(parsed):
                 found.setdefault(component, {}).setdefault(field, value)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lib_precision_lora.names.endings import module_of
 
+MOST_SENTENCES = 12
+"""A file that is not understood may say something else of each layer."""
+
 
 class Findings:
     """Gathers what is said of layers; what is the same of several is one sentence."""
@@ -24,15 +27,17 @@ class Findings:
 
     def sentences(self) -> tuple[str, ...]:
         parts = (
-            f"{_count(keys, 'tensor')} of layers that it patches {_verb(keys)} not used, and what "
-            f"{'it is' if len(keys) == 1 else 'they are'} trained for is missing ({ending}; the first is {keys[0]})"
+            f"{_count(keys, 'tensor')} of layers that it patches {_verb(keys)} not understood, so that the "
+            f"result is not what was trained ({ending}; the first is {keys[0]})"
             for ending, keys in self._parts.items()
         )
         clauses = (
             f"{clause}; the tensors count ({_count(layers, 'layer')}, the first is {layers[0]})"
             for clause, layers in self._clauses.items()
         )
-        return *parts, *clauses
+        said = (*parts, *clauses)
+        hidden = len(said) - MOST_SENTENCES
+        return said if hidden <= 0 else (*said[:MOST_SENTENCES], f"and {hidden} more of such findings")
 
 
 def _count(things: list[str], word: str) -> str:

@@ -1,4 +1,4 @@
-"""A layer's scale as the header has it: used where the tensors have none, compared with theirs where they do."""
+"""A layer's scale as the header has it: used where the tensors have none, else compared with theirs."""
 
 from __future__ import annotations
 

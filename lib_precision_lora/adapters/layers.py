@@ -7,7 +7,7 @@ DoRA would fall into a LoRA and a magnitude that belongs to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from lib_precision_lora.names.endings import by_module, meaning_of
 from lib_precision_lora.names.layouts import aliases, bare_name, text_encoder_path, whole_norms
 
 PARTS_OF_A_NAME = 4
-"""A key has at most so many parts behind the name of its layer, as in `….lora_magnitude_vector.default.weight`."""
+"""A key has at most so many parts behind its layer's name, as in `….lora_magnitude_vector.default.weight`."""
 
 LOOKED_AT = 1000
 LONGEST_NAME = 512
@@ -42,7 +42,7 @@ class LayerKeys:
     rest: list[str] = field(default_factory=list)
 
     def take(self, names: Mapping[str, tuple[str, str]]) -> bool:
-        """Add what another name has for this layer, key → (role, layout); False where it says a role again."""
+        """Add what another name has for this layer, key → (role, layout); False where a role is there."""
         if any(role in self.roles for role, _ in names.values()):
             return False
         for key, (role, layout) in names.items():

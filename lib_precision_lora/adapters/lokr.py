@@ -63,8 +63,8 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     """
     if not any(role in tensors for role in ROLES):
         return None
-    wanted = ("lokr_w1",) if "lokr_w1" in tensors else ("lokr_w1_a", "lokr_w1_b")
-    wanted += ("lokr_w2",) if "lokr_w2" in tensors else ("lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    wanted = ["lokr_w1"] if "lokr_w1" in tensors else ["lokr_w1_a", "lokr_w1_b"]
+    wanted += ["lokr_w2"] if "lokr_w2" in tensors else ["lokr_w2_a", "lokr_w2_b", "lokr_t2"]
     parts = {role: as_float_factor(name, role, tensors[role]) for role in wanted if role in tensors}
     require_finite(name, **parts)
     require_matrices(name, **parts)

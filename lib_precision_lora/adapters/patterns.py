@@ -21,7 +21,7 @@ LONGEST_NAME = 512
 
 
 class Patterns:
-    """Values by pattern. findings: patterns that cannot be used; field: of the configuration, for messages."""
+    """Values by pattern. field: of the configuration, for messages; findings: of what cannot be used."""
 
     def __init__(self, field: str, values: Any) -> None:
         dotted, flat = _Form("."), _Form("_")

@@ -8,7 +8,6 @@ S is [out, in · kernel], of which `bias_size` says the size. Source: LyCORIS, `
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,9 +54,7 @@ class WithRest:
         return *self.inner.compose(running, strength), Add(0, running.shape[0], self.rest, strength)
 
 
-def with_rest(
-    name: str, inner: Additive | DoRA, tensors: Mapping[str, Tensor]
-) -> Additive | DoRA | WithRest:
+def with_rest(name: str, inner: Additive | DoRA, tensors: Mapping[str, Tensor]) -> Additive | DoRA | WithRest:
     """The adapter with the sparse rest among its layer's tensors, by role; itself where there is none.
 
     bias_indices: [2, n] integers; bias_values: [n]; bias_size: [2] integers. Raises `AdapterError`: a part is
@@ -81,7 +78,8 @@ def with_rest(
     bounds = torch.tensor([[rows], [columns]])
     if ((places < 0) | (places >= bounds)).any():
         raise AdapterError(
-            f"{name}: bias_indices lie outside of the {rows}×{columns} matrix of bias_size; the file is damaged"
+            f"{name}: bias_indices lie outside of the {rows}×{columns} matrix of bias_size; the file is "
+            "damaged"
         )
     row, column = (part.to(torch.int32) for part in places)
     return WithRest(inner, Sparse(row, column, values, (rows, columns)))

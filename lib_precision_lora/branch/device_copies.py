@@ -70,5 +70,5 @@ def on_device(term: Term, device: torch.device) -> Term:
     if isinstance(term, Hadamard):
         return Hadamard(*(factor.to(device) for factor in term.tensors()))
     if isinstance(term, Sparse):
-        return Sparse(*(part.to(device) for part in term.tensors()), size=term.size)
+        return Sparse(term.row.to(device), term.column.to(device), term.value.to(device), term.size)
     return term

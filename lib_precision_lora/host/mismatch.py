@@ -12,7 +12,11 @@ SHOWN_ENDINGS = 4
 
 
 def why_nothing_matches(
-    keys: Collection[str], names: Iterable[Mapping[str, Any]], layout: str, model: str, architecture: str | None
+    keys: Collection[str],
+    names: Iterable[Mapping[str, Any]],
+    layout: str,
+    model: str,
+    architecture: str | None,
 ) -> str:
     """One sentence for a file of which no tensor was used.
 
@@ -26,12 +30,15 @@ def why_nothing_matches(
     if endings:
         shown = ", ".join(endings[:SHOWN_ENDINGS]) + (", …" if len(endings) > SHOWN_ENDINGS else "")
         return (
-            f"it names layers of this model, but is in a form that is not known: none of its {len(keys)} tensors "
-            f"can be read ({shown}); use the file as its trainer saves it for WebUIs, or report it"
+            f"it names layers of this model, but is in a form that is not known: none of its {len(keys)} "
+            f"tensors can be read ({shown}); use the file as its trainer saves it for WebUIs, or report it"
         )
     kinds = by_kind(keys)
     looks = ", ".join(sorted({kind.label for kind in kinds}))
-    nothing = f"none of its {len(keys)} tensors ({layout} layout) belongs to a layer of {model}; they look like {looks}"
+    nothing = (
+        f"none of its {len(keys)} tensors ({layout} layout) belongs to a layer of {model}; they look like "
+        f"{looks}"
+    )
     if any(kind.models and architecture not in kind.models for kind in kinds):
         return f"it was made for another model: {nothing}"
     if any(kind.models for kind in kinds):

@@ -14,7 +14,8 @@ class FileReport:
 
     kinds: "32 × lora rank 8, …"; ranks and alphas: those that occur, alphas as the file gives them; layers:
     matched, in the diffusion model and in the text encoders; host_layers: those among them that went the
-    WebUI's own way; unmatched: keys without a layer; findings: what people should know of it; problem: why it was left out whole, or None.
+    WebUI's own way; unmatched: keys without a layer; findings: what people should know of it; problem: why it
+    was left out whole, or None.
     """
 
     name: str

@@ -89,13 +89,17 @@ _OTHERS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
         ),
         (
             "tensors under numbers, as hypernetworks and cloneofsimo's lora_diffusion have",
-            "put a hypernetwork in models/hypernetworks, or look for the LoRA as kohya's trainer or diffusers "
-            "save it",
+            "put a hypernetwork in models/hypernetworks, or look for the LoRA as kohya's trainer or "
+            "diffusers save it",
             r"\d+(?:\.\d+)*$",
         ),
         ("a ControlNet-LLLite", "put it in models/ControlNet and choose it there", r"lllite_"),
         ("an IP-Adapter", "put it in models/ControlNet and choose it there", r"(?:ip_adapter|image_proj)\."),
-        ("a Control-LoRA", "put it in models/ControlNet and choose it there", r"(?:lora_controlnet$|control_model\.)"),
+        (
+            "a Control-LoRA",
+            "put it in models/ControlNet and choose it there",
+            r"(?:lora_controlnet$|control_model\.)",
+        ),
         (
             "a whole checkpoint",
             "put it in models/Stable-diffusion and choose it there",

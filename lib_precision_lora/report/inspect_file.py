@@ -85,7 +85,10 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Every tensor of a safetensors file, on the CPU, and its header's metadata. Raises UnreadableFileError."""
+    """Every tensor of a safetensors file, on the CPU, and its header's metadata.
+
+    Raises UnreadableFileError.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -127,8 +130,8 @@ def findings(tensors: Mapping[str, Tensor], adapters: AdapterFile, refusal: str 
     if refusal is not None:
         yield f"the file cannot be applied: {refusal}"
     elif not adapters:
-        form = unreadable(tensors)
-        yield f"{form}" if form is not None else f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a kind not known yet?"
+        unknown = f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a new kind?"
+        yield unreadable(tensors) or unknown
 
 
 def _not_finite(key: str, values: Tensor) -> int:
