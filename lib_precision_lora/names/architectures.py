@@ -103,7 +103,8 @@ _OTHERS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
         (
             "a whole checkpoint",
             "put it in models/Stable-diffusion and choose it there",
-            r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\..*\.(?:weight|bias|scale)$",
+            r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\."
+            r"(?!.*\.(?:lora|hada|lokr|oft|boft|ia3)_).*\.(?:weight|bias|scale)$",
         ),
         ("Stable Cascade", "", r"lora_prior_"),
     )
