@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lib_precision_lora.names.endings import module_of
 
+SHOWN = 200
+"""Characters of a name in a sentence."""
+
 MOST_SENTENCES = 12
 """A file that is not understood may say something else of each layer."""
 
@@ -28,11 +31,11 @@ class Findings:
     def sentences(self) -> tuple[str, ...]:
         parts = (
             f"{_count(keys, 'tensor')} of layers that it patches {_verb(keys)} not understood, so that the "
-            f"result is not what was trained ({ending}; the first is {keys[0]})"
+            f"result is not what was trained ({ending[:SHOWN]}; the first is {keys[0][:SHOWN]})"
             for ending, keys in self._parts.items()
         )
         clauses = (
-            f"{clause}; the tensors count ({_count(layers, 'layer')}, the first is {layers[0]})"
+            f"{clause}; the tensors count ({_count(layers, 'layer')}, the first is {layers[0][:SHOWN]})"
             for clause, layers in self._clauses.items()
         )
         said = (*parts, *clauses)
