@@ -36,7 +36,7 @@ MAGNITUDES = {
     "PEFT's raw vector of a named adapter": f"{DOTTED}.lora_magnitude_vector.my-style_2",
     "ai-toolkit": f"{NAME}.magnitude",
     "a trailing underscore": f"{NAME}_.lora_magnitude_vector",
-    "torch.compile": f"unet._orig_mod.{DOTTED.removeprefix('lora_unet_').replace('down_blocks_0_attentions_0_transformer_blocks_0_', 'down_blocks.0.attentions.0.transformer_blocks.0.')}.magnitude",
+    "torch.compile": "unet._orig_mod.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.magnitude",
 }
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_says_something_else_of_each_layer_is_cut_short() -> None:
 
 
 def test_what_belongs_to_no_patched_layer_is_no_finding() -> None:
-    """The near misses: a layer that the model lacks, a layer that has no adapter, an alpha that scales nothing."""
+    """The near misses: a layer that the model lacks, one without an adapter, an alpha that scales nothing."""
     state = lora() | lora("lora_unet_nowhere") | {f"{NAME.replace('to_k', 'to_q')}.surprise": torch.ones(1)}
     file = read_adapters(state, KEY_MAP)
     assert len(file.unmatched) == 4
