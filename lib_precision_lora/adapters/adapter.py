@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Running, Step
 
+_POWERS_OF_TWO = tuple(getattr(torch, name) for name in ("float8_e8m0fnu",) if hasattr(torch, name))
+"""Types of one byte whose values fp16 does not hold; older torch has none."""
+
 
 class AdapterError(ValueError):
     """An adapter that cannot be applied: one sentence with the layer and the numbers."""
@@ -76,13 +79,27 @@ def require_number(what: str, number: float) -> None:
         raise AdapterError(f"{what} is {number:.6g}, it must lie within ±{LARGEST:.3g}")
 
 
-def as_float_factor(name: str, role: str, tensor: Tensor) -> Tensor:
-    """The factor in a type that products accept: FP8 widens (exactly) to fp16, other floats stay.
+def widened(name: str, role: str, tensor: Tensor) -> Tensor:
+    """The tensor in a type that can be asked for its values: FP8 in fp16, E8M0 (powers of two) in fp32.
 
-    Raises `AdapterError` for integers: quantized LoRA files are not a known layout.
+    Both are exact; other types stay. Raises `AdapterError` for floats of less than a byte: torch keeps
+    several of them in one element, and computes with none.
+    """
+    if not tensor.dtype.is_floating_point or tensor.element_size() > 1:
+        return tensor
+    try:
+        return tensor.to(torch.float32 if tensor.dtype in _POWERS_OF_TWO else torch.float16)
+    except (NotImplementedError, RuntimeError) as error:
+        raise AdapterError(
+            f"{name}: {role} is stored as {tensor.dtype}, which cannot be read; save the file in fp16 or bf16"
+        ) from error
+
+
+def as_float_factor(name: str, role: str, tensor: Tensor) -> Tensor:
+    """The factor, which must be of a float type: integers are values of a quantization that no file names.
+
+    Raises `AdapterError` for another.
     """
     if not tensor.dtype.is_floating_point:
         raise AdapterError(f"{name}: {role} is stored as {tensor.dtype}, a LoRA factor must be a float type")
-    if tensor.element_size() == 1:
-        return tensor.to(torch.float16)
     return tensor

@@ -42,11 +42,18 @@ def read_alpha(name: str, tensors: Mapping[str, Tensor]) -> float | None:
     alpha = tensors.get("alpha")
     if alpha is None:
         return None
-    if alpha.numel() != 1:
-        raise AdapterError(f"{name}: alpha has {alpha.numel()} values, it must be one number")
-    if not math.isfinite(float(alpha)):
-        raise AdapterError(f"{name}: alpha is {float(alpha)}; the file is damaged")
-    return float(alpha)
+    number = read_number(name, "alpha", alpha)
+    if not math.isfinite(number):
+        raise AdapterError(f"{name}: alpha is {number}; the file is damaged")
+    return number
+
+
+def read_number(name: str, role: str, tensor: Tensor) -> float:
+    """The one real number in a tensor. Raises `AdapterError` for several, none, or a complex one."""
+    if tensor.numel() != 1 or tensor.is_complex():
+        values = f"{tensor.numel()} values" + (f" of {tensor.dtype}" if tensor.is_complex() else "")
+        raise AdapterError(f"{name}: {role} has {values}, it must be one number; the file is damaged")
+    return float(tensor)
 
 
 def require_matrices(name: str, **parts: Tensor) -> None:

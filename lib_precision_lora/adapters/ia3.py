@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, require_finite
+from lib_precision_lora.adapters.additive import read_number
 from lib_precision_lora.adapters.operators import Diagonal
 from lib_precision_lora.adapters.steps import Left, Right, Running, Step
 
@@ -97,5 +98,6 @@ def read_ia3(name: str, tensors: Mapping[str, Tensor]) -> tuple[IA3 | None, IA3 
     if "on_input" in tensors and "weight" in tensors:
         change = as_float_factor(name, "weight", tensors["weight"])
         require_finite(name, weight=change)
-        return IA3(change.flatten().float(), bool(tensors["on_input"])), None
+        on_input = bool(read_number(name, "on_input", tensors["on_input"]))
+        return IA3(change.flatten().float(), on_input), None
     return None, None

@@ -62,7 +62,8 @@ def read_loha(name: str, tensors: Mapping[str, Tensor]) -> LoHa | None:
     if not any(role in tensors for role in ROLES):
         return None
     require_parts(name, tensors, *ROLES)
-    require_finite(name, **{role: tensors.get(role) for role in (*ROLES, "hada_t1", "hada_t2")})
+    cores = ("hada_t1", "hada_t2") if "hada_t1" in tensors else ()
+    require_finite(name, **{role: tensors.get(role) for role in (*ROLES, *cores)})
     a1, b1, a2, b2 = (as_float_factor(name, role, tensors[role]) for role in ROLES)
     require_matrices(name, **dict(zip(ROLES, (a1, b1, a2, b2), strict=True)))
     rank = b1.shape[0]

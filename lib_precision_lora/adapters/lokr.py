@@ -16,6 +16,7 @@ from lib_precision_lora.adapters.adapter import AdapterError, as_float_factor, r
 from lib_precision_lora.adapters.additive import (
     add_term,
     read_alpha,
+    read_number,
     require_matrices,
     require_parts,
     require_shape,
@@ -63,7 +64,9 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     """
     if not any(role in tensors for role in ROLES):
         return None
-    parts = {role: as_float_factor(name, role, tensors[role]) for role in ROLES if role in tensors}
+    wanted = ["lokr_w1"] if "lokr_w1" in tensors else ["lokr_w1_a", "lokr_w1_b"]
+    wanted += ["lokr_w2"] if "lokr_w2" in tensors else ["lokr_w2_a", "lokr_w2_b", "lokr_t2"]
+    parts = {role: as_float_factor(name, role, tensors[role]) for role in wanted if role in tensors}
     require_finite(name, **parts)
     require_matrices(name, **parts)
     rank: int | None = None
@@ -78,9 +81,17 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     else:
         right = _pair(name, parts, "lokr_w2_a", "lokr_w2_b")
         rank = parts["lokr_w2_b"].shape[0]
-    alpha = read_alpha(name, tensors)
-    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    scale = _whole_scale(name, tensors)
+    if rank is not None:
+        alpha = read_alpha(name, tensors)
+        scale = 1.0 if alpha is None else alpha / rank
     return LoKr(Kronecker(left.flatten(1) if left.ndim > 2 else left, right), scale, rank)
+
+
+def _whole_scale(name: str, tensors: Mapping[str, Tensor]) -> float:
+    """The scale where no factor has a rank: 1 whatever alpha says (LyCORIS), or what PEFT's configuration
+    gives. Trainers save a placeholder for such an alpha, 9999999999, which is inf in fp16."""
+    return read_number(name, "scale", tensors["scale"]) if "scale" in tensors else 1.0
 
 
 def _pair(name: str, parts: Mapping[str, Tensor], outer: str, inner: str) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,13 @@ def make_lora(
 def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:
     """The LoRA among one layer's tensors, by role; None where there is none.
 
+    On a vocabulary PEFT keeps the transposed ones, [rank, words] and [dimension, rank].
+
     Raises `AdapterError` for half a LoRA and for what `make_lora` refuses.
     """
     up, down = tensors.get("lora_up"), tensors.get("lora_down")
+    if up is None and down is None and {"lora_embedding_up", "lora_embedding_down"} <= tensors.keys():
+        up, down = tensors["lora_embedding_down"].T, tensors["lora_embedding_up"].T
     if up is None and down is None:
         return None
     if up is None or down is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,13 @@ from lib_precision_lora.adapters import (
 )
 from lib_precision_lora.adapters.adapter import Adapter
 from lib_precision_lora.adapters.additive import Additive
+from lib_precision_lora.adapters.asked import Asked
+from lib_precision_lora.adapters.declared import Declared
+from lib_precision_lora.adapters.findings import Findings
+from lib_precision_lora.adapters.header_scale import added_by_header, disagreements
+from lib_precision_lora.adapters.layers import layers_of
+from lib_precision_lora.adapters.sparse_rest import with_rest
 from lib_precision_lora.adapters.target import Target
-from lib_precision_lora.names.endings import by_module, meaning_of
-from lib_precision_lora.names.layouts import aliases, whole_norms
 from lib_precision_lora.ticks import Steps, Tick, untold
 
 
@@ -37,12 +41,18 @@ class AdapterFile(Mapping["str | Target", Adapter]):
 
     A name is a string, or a `Target` where the adapter concerns some rows of a fused weight.
     unmatched: the keys that were not understood, or belong to no module of the key map, or name the same
-    layer under two names, the second time; layout: what the file looks like, for messages ("kohya", …).
+    layer under two names, the second time; layout: what the file looks like, for messages ("kohya", …);
+    parts: those of `unmatched` that belong to a layer which has an adapter, whose result they would change;
+    findings: what people should know of the file, a sentence each; alphas: of those modules whose scale has
+    one, as the file or its header gives it.
     """
 
     adapters: Mapping[str | Target, Adapter]
     unmatched: tuple[str, ...]
     layout: str
+    parts: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    alphas: Mapping[str | Target, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str | Target) -> Adapter:
         return self.adapters[name]
@@ -55,45 +65,63 @@ class AdapterFile(Mapping["str | Target", Adapter]):
 
 
 def read_adapters(
-    state_dict: Mapping[str, Tensor], key_map: Mapping[str, Any] | None = None, tick: Tick = untold
+    state_dict: Mapping[str, Tensor],
+    key_map: Mapping[str, Any] | None = None,
+    tick: Tick = untold,
+    metadata: Mapping[str, str] | None = None,
 ) -> AdapterFile:
     """The adapters of a LoRA file.
 
     key_map: module name in the file → target in the model, as a host makes it (`Target.parse` says in
     which forms). Without one, every module is taken under the name that the file gives it. tick: told
-    before each module, whose every number is looked at.
+    before each module, whose every number is looked at. metadata: of the file's header, where alphas and
+    ranks may stand; by default what the state dict itself carries as `metadata`.
     Raises `AdapterError`, naming the layer, for one that is damaged: half a LoRA, zero rank, factors that
     do not meet, NaN or inf.
     """
     adapters: dict[str | Target, Adapter] = {}
-    unmatched: list[str] = []
+    alphas: dict[str | Target, float] = {}
+    parts: list[str] = []
     layouts: Counter[str] = Counter()
-    whole = whole_norms(state_dict)
-    modules = by_module(state_dict)
-    step = Steps(len(modules), tick)
-    for name, keys in modules.items():
+    declared = Declared(getattr(state_dict, "metadata", {}) if metadata is None else metadata)
+    layers, strays = layers_of(state_dict, key_map)
+    unmatched = list(strays)
+    findings = Findings()
+    step = Steps(len(layers), tick)
+    for layer in layers:
         step()
-        place = _target(name, key_map)
-        if place is None:
-            unmatched.extend(keys)
-            continue
-        target, leading_rows = place
-        meanings = {key: meaning_of(name, key, whole) for key in keys}
-        roles = {role: key for key, (role, _) in meanings.items() if role}
-        weight, bias, used = read_module(name, {role: state_dict[key] for role, key in roles.items()})
-        if weight is not None and leading_rows and isinstance(weight, lora.LoRA):
+        tensors = {role: state_dict[key] for role, key in layer.roles.items()}
+        training = declared.of_layer(layer.name)
+        added = {} if training is None else added_by_header(tensors, training)
+        weight, bias, used = read_module(layer.name, tensors | added)
+        target = layer.target
+        if weight is not None and layer.leading_rows and isinstance(weight, lora.LoRA):
             target = dataclasses.replace(target, rows=(0, weight.up.shape[0]))
         found = {place.name: part for place, part in ((target, weight), (target.bias(), bias)) if part}
-        if adapters.keys() & found.keys():  # the same layer under a second name
-            unmatched.extend(keys)
+        if adapters.keys() & found.keys():
+            unmatched.extend([*layer.roles.values(), *layer.rest])
             continue
         adapters |= found
-        taken = {roles[role] for role in used}
-        unmatched.extend(key for key in keys if key not in taken)
-        layouts.update(meanings[key][1] for key in taken)
+        layouts.update(layer.layouts[role] for role in used & layer.roles.keys())
+        left = [key for role, key in layer.roles.items() if role not in used] + layer.rest
+        if not found:
+            unmatched.extend(left)
+            continue
+        left = [key for key in left if key != layer.roles.get("alpha")]  # where it scales nothing
+        unmatched.extend(left)
+        parts.extend(left)
+        for key in left:
+            findings.part(key)
+        if training is not None:
+            for disagreement in disagreements(tensors, training):
+                findings.about(disagreement, layer.name)
+        if weight is not None and "alpha" in used:
+            alpha = float(tensors["alpha"]) if "alpha" in tensors else training and training.alpha
+            alphas |= {} if alpha is None else {target.name: alpha}
     del layouts[""]
+    said = (*(declared.findings if adapters else ()), *findings.sentences())
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
-    return AdapterFile(adapters, tuple(unmatched), layout)
+    return AdapterFile(adapters, tuple(unmatched), layout, tuple(parts), said, alphas)
 
 
 def read_module(
@@ -103,7 +131,7 @@ def read_module(
 
     Raises `AdapterError` for a damaged one.
     """
-    asked = Asked(tensors)
+    asked = Asked(name, tensors)
     tlora.refuse_tlora(name, asked)
     bias: Adapter | None = diff.read_bias(name, asked)
     for read_additive in (lora.read_lora, loha.read_loha, lokr.read_lokr):
@@ -111,10 +139,11 @@ def read_module(
         if additive is not None:
             if bias is None and isinstance(additive, lora.LoRA):
                 bias = lora.read_bias(name, asked, additive.scale)
-            return dora.decompose(name, additive, asked, additive.term.size[0]), bias, frozenset(asked.used)
-    weight, scaled_bias = ia3.read_ia3(name, asked)
-    if weight is not None:
-        return weight, bias or scaled_bias, frozenset(asked.used)
+            weight = with_rest(name, dora.decompose(name, additive, asked, additive.term.size[0]), asked)
+            return weight, bias, frozenset(asked.used)
+    scaled, scaled_bias = ia3.read_ia3(name, asked)
+    if scaled is not None:
+        return scaled, bias or scaled_bias, frozenset(asked.used)
     for read in (
         oft.read_oft,
         peft_oft.read_peft_oft,
@@ -126,35 +155,3 @@ def read_module(
         if found is not None:
             return found, bias, frozenset(asked.used)
     return None, bias, frozenset(asked.used)
-
-
-class Asked(Mapping[str, Tensor]):
-    """A layer's tensors by role, and which of them were taken; a look whether one is there takes nothing."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self.used: set[str] = set()
-
-    def __getitem__(self, role: str) -> Tensor:
-        tensor = self._tensors[role]
-        self.used.add(role)
-        return tensor
-
-    def __contains__(self, role: object) -> bool:
-        return role in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _target(name: str, key_map: Mapping[str, Any] | None) -> tuple[Target, bool] | None:
-    """Where the module belongs, and whether the adapter is for the first rows of it."""
-    if key_map is None:
-        return Target(name), False
-    for alias in aliases(name):
-        if alias.name in key_map:
-            return Target.parse(key_map[alias.name]), alias.leading_rows
-    return None

@@ -1,4 +1,4 @@
-"""What is added to a weight: low-rank, Kronecker, Hadamard and dense terms, as plain values.
+"""What is added to a weight: low-rank, Kronecker, Hadamard, dense and sparse terms, as plain values.
 
 Each holds tensors of the file as they are (no copies, file precision); strengths stay apart from them.
 `rows` materializes a part of a term, for norms, tests and reports, never in a forward.
@@ -6,6 +6,7 @@ Each holds tensors of the file as they are (no copies, file precision); strength
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -131,4 +132,34 @@ class Dense:
         return rows.reshape(rows.shape[0], math.prod(self.value.shape[1:]))
 
 
-Term = LowRank | Kronecker | Hadamard | Dense
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparse:
+    """`S[row[k], column[k]] += value[k]`, made dense in row blocks as it is needed.
+
+    row, column: [n] int32; value: [n]; size: rows and columns of S.
+    """
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+    size: tuple[int, int]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.row, self.column, self.value
+
+    def reordered(self, order: Tensor) -> Sparse:
+        return dataclasses.replace(self, row=order.argsort().to(self.row)[self.row.long()])
+
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """These rows, all columns: [rows, columns]. A number may occur twice; values of other rows gather in
+        one more row, so that nothing asks the device how many there are."""
+        height, columns = numbers.numel(), self.size[1]
+        block = torch.full((self.size[0],), height, dtype=torch.int64, device=numbers.device)
+        block[numbers] = torch.arange(height, device=numbers.device)
+        where = block[self.row.long()].mul_(columns).add_(self.column)
+        made = torch.zeros((height + 1) * columns, dtype=dtype, device=numbers.device)
+        made.scatter_add_(0, where, self.value.to(dtype))
+        return made.view(height + 1, columns)[block[numbers]]
+
+
+Term = LowRank | Kronecker | Hadamard | Dense | Sparse

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Operator
 from lib_precision_lora.adapters.steps import Add, Turn
-from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank, Term
+from lib_precision_lora.adapters.terms import Hadamard, Kronecker, LowRank, Sparse, Term
 
 Placed = TypeVar("Placed")
 
@@ -69,4 +69,6 @@ def on_device(term: Term, device: torch.device) -> Term:
         return Kronecker(term.left.to(device), tuple(factor.to(device) for factor in term.right))
     if isinstance(term, Hadamard):
         return Hadamard(*(factor.to(device) for factor in term.tensors()))
+    if isinstance(term, Sparse):
+        return Sparse(term.row.to(device), term.column.to(device), term.value.to(device), term.size)
     return term

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank
+from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse
 from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import up_blocks
@@ -274,6 +274,8 @@ def _dense_blocks(steps: Sequence[Add | Left], cost: ProductCost) -> int:
         made = max(1.5, 1.0 + inner) if isinstance(step.term, Dense) else 3.0
         made += 3.0 if step.columns else 0.0
         widened = FP32 * step.term.b1.numel() if isinstance(step.term, Hadamard) else 0
+        if isinstance(step.term, Sparse):  # where each value goes, and the value, in wider types
+            widened = 3 * FP32 * step.term.value.numel()
         largest_block = max(largest_block, made * block + (2.0 + inner) * widened)
     return int(largest_block)
 

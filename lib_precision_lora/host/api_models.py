@@ -26,6 +26,7 @@ class File(BaseModel):
     text_layers: int = Field(description="Layers of the text encoders that it changes")
     host_layers: int = Field(description="Those among them that went the WebUI's own way")
     unmatched: list[str] = Field(description="Keys that belong to no layer")
+    findings: list[str] = Field([], description="What of the file is not used, or disagrees with its header")
     problem: str | None = Field(description="Why it was left out whole; null where it was applied")
     digest: str = Field("", description="SHA-256 of the file as it was read; empty where it was not")
 

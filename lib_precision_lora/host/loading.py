@@ -265,12 +265,13 @@ def report_file(name: str, match: FileMatch, unet: float, te: float, digest: str
         len(match.unet) if unet else 0,
         len(match.text_encoder) if te else 0,
         unmatched=match.unmatched,
+        findings=match.findings,
         digest=digest,
     )
 
 
 def log_applied(name: str, match: FileMatch, unet: float, te: float, keys: int | None) -> None:
-    """One line for the log: what the file does, and what of it was not used.
+    """One line for the log: what the file does, and what of it was not used; one more for each finding.
 
     keys: how many of those that belong to no layer are named, None for all of them.
     """
@@ -282,6 +283,8 @@ def log_applied(name: str, match: FileMatch, unet: float, te: float, keys: int |
     if match.without_encoder:
         encoders = ", ".join(sorted({kind.label for kind in by_kind(match.without_encoder)}))
         skipped += f"; {len(match.without_encoder)} keys are for what is not loaded: {encoders}"
+    for finding in match.findings:
+        logger.warning("LoRA %s: %s", name, finding)
     logger.info(
         "LoRA %s: %d layers of the model at %g, %d of the text encoder at %g (%s)%s",
         name,

@@ -23,7 +23,8 @@ from lib_precision_lora.adapters.ia3 import IA3
 from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.sites import find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
-from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, by_kind, foreign, kind_of, model_of
+from lib_precision_lora.host.mismatch import why_nothing_matches
+from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of, model_of
 from lib_precision_lora.names.key_map import is_input_layer
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ticks import Tick, untold
@@ -58,7 +59,8 @@ class FileMatch:
 
     unmatched: keys that belong to nothing; without_encoder: keys of text encoders that the checkpoint lacks;
     bundled textual inversions, which are the host's, are in neither. summary: kinds and ranks, for people;
-    ranks, alphas: those that occur, alphas as the file gives them.
+    ranks, alphas: those that occur, alphas as the file or its header gives them; findings: as of
+    `AdapterFile`, what people should know of a file that is applied.
     """
 
     unet: Mapping[Any, Any]
@@ -68,6 +70,7 @@ class FileMatch:
     summary: str
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
+    findings: tuple[str, ...] = ()
 
 
 def match_file(
@@ -77,10 +80,11 @@ def match_file(
     text_encoder: KeyMap | None,
     host_parser: HostParser,
     tick: Tick = untold,
+    metadata: Mapping[str, str] | None = None,
 ) -> FileMatch:
     """The patches of a file for these models; what we do not read goes through the host's own parser.
 
-    tick: told before each layer, whose every number is looked at.
+    tick: told before each layer, whose every number is looked at; metadata: as in `read_adapters`.
     Raises `FileProblem` where nothing matches, where what does not match is made for another architecture,
     and for what is damaged or has another shape.
     """
@@ -88,14 +92,17 @@ def match_file(
     kinds: Counter[str] = Counter()
     ranks: set[int] = set()
     rest = dict(state_dict)
+    header: Mapping[str, str] = getattr(state_dict, "metadata", {}) if metadata is None else metadata
     absent: list[str] = []
+    findings: dict[str, None] = {}
+    alphas: set[float] = set()
     misfit = ""
     layout = "unknown"
     for keys in (unet, text_encoder):
         found: dict[Any, Any] = {}
         if keys is not None:
             try:
-                file = read_adapters(rest, keys.names, tick)
+                file = read_adapters(rest, keys.names, tick, header)
             except AdapterError as error:
                 raise FileProblem(f"it cannot be applied: {error}") from error
             for key, adapter in file.items():
@@ -112,11 +119,16 @@ def match_file(
                 elif not (isinstance(adapter, IA3) and target.parameter.endswith(".bias")):
                     absent.append(target.parameter)  # (IA)³ has no key for the bias that it may scale
             layout = file.layout if file.layout != "unknown" else layout
-            rest = {key: rest[key] for key in file.unmatched}
+            parts = frozenset(file.parts)
+            findings |= dict.fromkeys(file.findings)
+            alphas |= set(file.alphas.values())
+            rest = {key: rest[key] for key in file.unmatched if key not in parts}
         patches.append(found)
     for keys, found in zip((unet, text_encoder), patches, strict=True):
         if keys is not None and rest:
+            before = rest
             theirs, rest = _host_patches(name, host_parser, rest, keys)
+            alphas |= read_alphas(before, before.keys() - rest.keys())
             for key, value in theirs.items():
                 parameter = key if isinstance(key, str) else key[0]
                 if find_parameter(keys.model, parameter) is None:
@@ -124,6 +136,8 @@ def match_file(
                 elif key not in found:
                     found[key] = value
                     kinds[str(value[0])] += 1
+                else:
+                    findings[f"layer {parameter} stands in the file a second time, which is not used"] = None
     rest = {key: value for key, value in rest.items() if not key.startswith(BUNDLED_EMBEDDING)}
     present = encoders_of(text_encoder)
     without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
@@ -133,15 +147,11 @@ def match_file(
     if misfit:
         raise FileProblem(f"it cannot be applied: {misfit}")
     if not any(patches):
-        looks = ", ".join(sorted({kind.label for kind in by_kind(state_dict)}))
-        raise FileProblem(
-            f"it was made for another model: none of its {len(state_dict)} tensors ({layout} layout) belongs "
-            f"to a layer of {type(getattr(unet.model, 'diffusion_model', unet.model)).__name__}; they look "
-            f"like {looks}"
-        )
+        names = [keys.names for keys in (unet, text_encoder) if keys is not None]
+        loaded = type(getattr(unet.model, "diffusion_model", unet.model)).__name__
+        raise FileProblem(why_nothing_matches(state_dict.keys(), names, layout, loaded, model))
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    used = state_dict.keys() - rest.keys()
     return FileMatch(
         patches[0],
         patches[1],
@@ -149,14 +159,15 @@ def match_file(
         without_encoder,
         summary,
         tuple(sorted(ranks)),
-        read_alphas(state_dict, used),
+        tuple(sorted(alphas)),
+        tuple(findings),
     )
 
 
-def read_alphas(state_dict: Mapping[str, Tensor], used: Iterable[str]) -> tuple[float, ...]:
-    """The different alphas of these keys, smallest first."""
+def read_alphas(state_dict: Mapping[str, Tensor], used: Iterable[str]) -> set[float]:
+    """The different alphas of these keys."""
     alphas = (state_dict[key] for key in used if key.endswith(".alpha"))
-    return tuple(sorted({float(alpha) for alpha in alphas if alpha.numel() == 1}))
+    return {float(alpha) for alpha in alphas if alpha.numel() == 1 and not alpha.is_complex()}
 
 
 def encoders_of(text_encoder: KeyMap | None) -> frozenset[int]:

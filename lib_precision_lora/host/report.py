@@ -17,8 +17,8 @@ class FileReport:
     unet_layers and text_layers: how many of each are changed; host_layers: those among them that went the
     WebUI's own way; unet_strengths and text_strengths: those that the layers have, ascending, where these are
     not what was asked for (another extension has changed them), else none; unmatched: keys without a layer;
-    problem: why it was left out whole, or None; digest: SHA-256 of the bytes that were read, empty where we
-    have read none.
+    findings: what people should know of it; problem: why it was left out whole, or None; digest: SHA-256 of
+    the bytes that were read, empty where we have read none.
     """
 
     name: str
@@ -33,6 +33,7 @@ class FileReport:
     unet_strengths: tuple[float, ...] = ()
     text_strengths: tuple[float, ...] = ()
     unmatched: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
     problem: str | None = None
     digest: str = ""
 

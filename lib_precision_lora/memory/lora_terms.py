@@ -6,6 +6,7 @@ LoKr          left and right factors, as in the file
 GLoRA         two of up · down, W0 a1 · a2 in fp32 and b1 · b2; k times the rank on a kernel of k positions
 (IA)³         [rows] or [columns] fp32
 OFT, BOFT     the rotations in fp32, and per stage of BOFT two orders; of outputs or of inputs
+sparse rest   a row and a column, int32, for each value
 diff          nothing (streamed); a vector: fp32
 """
 
@@ -69,7 +70,15 @@ def terms(layer: LoraLayer) -> Terms:
     bias = _first(layer, "diff_b", "lora_up_bias")
     if bias is not None:
         found = replace(found, others=(*found.others, FP32 * bias.elements))
-    return found
+    rest = layer.factors.get("bias_values")
+    return found if rest is None else _with_rest(found, rest)
+
+
+def _with_rest(inner: Terms, values: StoredTensor) -> Terms:
+    """A sparse rest holds a row and a column, int32, for each value; made dense in row blocks."""
+    parts = (FP32 * values.elements, FP32 * values.elements, _held(values))
+    dense = max((part.rows * part.columns for part in inner.low_rank), default=0)
+    return replace(inner, others=(*inner.others, *parts), whole=True, dense=max(inner.dense, dense))
 
 
 def _first(layer: LoraLayer, *roles: str) -> StoredTensor | None:

@@ -63,34 +63,85 @@ _MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
 """(what to call it, which models have such a path, the path with underscores), the most telling first. A
 diffusers SD 3.5 has `attn2` beside `attn`; PixArt and LTX-Video have `attn1` and `attn2`."""
 
-_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (label, re.compile(pattern))
-    for label, pattern in (
-        ("textual inversions, which are the WebUI's", r"bundle_emb\.|emb_params$|string_to_param"),
-        ("kohya's OFT for Flux, which is not read yet", r".*\.oft_blocks\.\d+$"),
-        ("Stable Cascade", r"lora_prior_"),
+_OTHERS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
+    (label, remedy, re.compile(pattern))
+    for label, remedy, pattern in (
+        (
+            "textual inversions, which are the WebUI's",
+            "put it in the folder embeddings and write its name in the prompt",
+            r"bundle_emb\.|emb_params$|string_to_param",
+        ),
+        (
+            "kohya's OFT for Flux, which is not read yet",
+            "merge it into its checkpoint with its trainer, or use another kind of LoRA",
+            r".*\.oft_blocks\.\d+$",
+        ),
+        (
+            "a LoRA in Nunchaku's packed form, which its own runtime alone can read",
+            "use the LoRA from which it was converted",
+            r"(?:.*\.)?(?:single_)?transformer_blocks\.\d+\..*"
+            r"\.(?:lora_(?:down|up)|qweight|wscales|wzeros|smooth(?:_orig|_factor)?)$",
+        ),
+        (
+            "a LoRA of cloneofsimo's lora_diffusion, which numbers its layers and does not name them",
+            "look for it as kohya's trainer or diffusers save it, or convert it in the tool that made it",
+            r"(?:unet|text_encoder)(?::\d+)+:(?:up|down|rank)$",
+        ),
+        (
+            "tensors under numbers, as hypernetworks and cloneofsimo's lora_diffusion have",
+            "put a hypernetwork in models/hypernetworks, or look for the LoRA as kohya's trainer or "
+            "diffusers save it",
+            r"\d+(?:\.\d+)*$",
+        ),
+        ("a ControlNet-LLLite", "put it in models/ControlNet and choose it there", r"lllite_"),
+        ("an IP-Adapter", "put it in models/ControlNet and choose it there", r"(?:ip_adapter|image_proj)\."),
+        (
+            "a Control-LoRA",
+            "put it in models/ControlNet and choose it there",
+            r"(?:lora_controlnet$|control_model\.)",
+        ),
+        (
+            "a whole checkpoint",
+            "put it in models/Stable-diffusion and choose it there",
+            r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\."
+            r"(?!.*\.(?:lora|hada|lokr|oft|boft|ia3)_).*\.(?:weight|bias|scale)$",
+        ),
+        ("Stable Cascade", "", r"lora_prior_"),
     )
 )
+"""(what to call it, what to do with a file that holds nothing else, its keys)."""
+
 _ENCODERS = {1: "text encoder CLIP-L", 2: "text encoder CLIP-G of SDXL or SD 3", 3: "text encoder T5"}
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a key looks like. models: those that have such a layer, none where that is not known."""
+    """What a key looks like. models: those that have such a layer, none where that is not known; remedy: what
+    to do with a file of such keys, which is no LoRA that can be read for any model."""
 
     label: str
     models: frozenset[str] = frozenset()
     text_encoder: int | None = None
+    remedy: str = ""
 
 
 UNKNOWN = Kind("no layout that is known")
+LONGEST_KEY = 1024
+
+
+def unreadable(keys: Iterable[str]) -> str | None:
+    """A clause that says what a file is and what to do, where most of its keys are of a form that cannot be
+    read whatever the model is; None where they are not."""
+    groups = by_kind(keys)
+    kind = max(groups, key=lambda kind: len(groups[kind]), default=UNKNOWN)
+    return f"it is {kind.label}: {kind.remedy}" if kind.remedy else None
 
 
 def kind_of(key: str) -> Kind:
     """What a key of a file looks like."""
-    for label, pattern in _OTHERS:
-        if pattern.match(key):
-            return Kind(label)
+    for label, remedy, pattern in _OTHERS:
+        if len(key) <= LONGEST_KEY and pattern.match(key):
+            return Kind(label, remedy=remedy)
     number, path = text_encoder_path(bare_name(key))
     if number is not None:
         return Kind(_ENCODERS[number], text_encoder=number)

@@ -18,6 +18,8 @@ LORA: Mapping[str, Ending] = {
     ".lora_B.weight": ("lora_up", "PEFT"),
     ".lora_A.weight": ("lora_down", "PEFT"),
     ".lora_B.bias": ("lora_up_bias", "PEFT"),
+    ".lora_embedding_B": ("lora_embedding_up", "PEFT"),
+    ".lora_embedding_A": ("lora_embedding_down", "PEFT"),
     ".lora.up.weight": ("lora_up", "diffusers"),
     ".lora.down.weight": ("lora_down", "diffusers"),
     "_lora.up.weight": ("lora_up", "diffusers attention processors"),
@@ -30,6 +32,7 @@ LORA: Mapping[str, Ending] = {
 }
 DORA: Mapping[str, Ending] = {
     ".dora_scale": ("dora_scale", ""),
+    ".magnitude": ("magnitude", "ai-toolkit"),
     ".lora_magnitude_vector": ("magnitude", "PEFT"),
     ".lora_magnitude_vector.weight": ("magnitude", "PEFT"),
 }
@@ -80,18 +83,29 @@ DIFF: Mapping[str, Ending] = {
     ".set_weight": ("set_weight", ""),
 }
 
+SPARSE_REST: Mapping[str, Ending] = {
+    f".bias_{part}": (f"bias_{part}", "LyCORIS") for part in ("indices", "values", "size")
+}
+
 ENDINGS: Mapping[str, Ending] = {
     ".weight": ("weight", ""),
     **{
         ending: meaning
-        for family in (LORA, DORA, LOHA, LOKR, GLORA, IA3, OFT, PEFT_OFT, PEFT_BOFT, TLORA, DIFF)
+        for family in (
+            *(LORA, DORA, LOHA, LOKR, GLORA, IA3, OFT, PEFT_OFT, PEFT_BOFT, TLORA, DIFF, SPARSE_REST),
+        )
         for ending, meaning in family.items()
     },
 }
 """Every ending that is known; of (IA)³, `.weight` is what LyCORIS calls its values."""
 
-_NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)$")
-"""PEFT's endings with the name of the adapter in them: `default`, `default_0`, or one of the user's."""
+_NAMED = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector)|\.oft_R)\.[^.]+(\.weight|\.bias)$"
+    r"|(\.(?:lora_magnitude_vector|lora_embedding_[AB]|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?"
+    r"|ia3_l|oft_[rs]|boft_[Rs]))\.(?!(?:weight|bias|scaled_oft)$)[^.]+()$"
+)
+"""PEFT's endings with the name of the adapter in them: `default`, `default_0`, or one of the user's. Modules
+have `.weight` behind it, parameters nothing."""
 
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 
@@ -118,4 +132,4 @@ def meaning_of(module: str, key: str, whole: frozenset[str] = frozenset()) -> En
     """
     if key in whole:
         return "set_weight", ""
-    return ENDINGS.get(_NAMED.sub(r"\1.\2", key[len(module) :]), ("", ""))
+    return ENDINGS.get(_NAMED.sub(r"\1\3\2\4", key[len(module) :]), ("", ""))

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 WRAPPER = "base_model.model."
 """Put into a module's name by PEFT's wrappers, before or after the prefix that says which model."""
 
+_WRAPPED = re.compile(r"(?:^module\.|\b_orig_mod\.|\b_fsdp_wrapped_module\.|\b_checkpoint_wrapped_module\.)")
+"""What torch's own wrappers of a module add to its name: the first at the beginning alone."""
+
 HOMES = ("", "transformer.", "unet.", "diffusion_model.", "text_encoder.")
 """Put before a module's name by the pipelines that trainers save."""
 
@@ -74,8 +77,8 @@ def aliases(name: str) -> Iterator[Alias]:
 
 
 def bare_name(name: str) -> str:
-    """A name without what PEFT puts into it."""
-    return name.replace(WRAPPER, "").removeprefix("base_model.").removeprefix("model.")
+    """A name without what PEFT, torch.compile and parallel training put into it."""
+    return _WRAPPED.sub("", name.replace(WRAPPER, "").removeprefix("base_model.")).removeprefix("model.")
 
 
 def text_encoder_path(name: str) -> tuple[int | None, str]:
@@ -98,8 +101,9 @@ def text_encoder_path(name: str) -> tuple[int | None, str]:
 
 def flat_path(path: str) -> str:
     """A module's path with underscores, attention as it is named today: processors, which early versions of
-    diffusers put between, are left out, and the output projection has its number."""
-    flat = path.replace(".", "_").replace("_processor_", "_")
+    diffusers put between, are left out, and the output projection has its number. Underscores that a
+    conversion has left behind, at an end or doubled, are no part of it."""
+    flat = re.sub(r"_+", "_", path.replace(".", "_")).strip("_").replace("_processor_", "_")
     flat = re.sub(r"_self_attn_to_(q|k|v|out)$", r"_self_attn_\1_proj", flat)
     return re.sub(r"_(attn\d?)_to_out$", r"_\1_to_out_0", flat)
 

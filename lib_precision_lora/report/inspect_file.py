@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters import AdapterError, AdapterFile, adapter_bytes, read_adapters
+from lib_precision_lora.adapters.adapter import widened
 from lib_precision_lora.containers import ContainerError, LoraContent, read_lora
+from lib_precision_lora.names.architectures import unreadable
 
 
 class UnreadableFileError(ValueError):
@@ -21,7 +23,8 @@ class UnreadableFileError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One adapter. alpha: as the file gives it, None where it gives none; nbytes: of its factors."""
+    """One adapter. alpha: as the file or its header gives it, None where none scales it; nbytes: of its
+    factors."""
 
     name: str
     kind: str
@@ -33,7 +36,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """layout: who writes files so ("kohya", "PEFT", …); unmatched: keys that are not understood, which
-    alone are no finding; findings: why the file, or a part of it, cannot be applied."""
+    are a finding where they belong to a layer that is; findings: why the file, or a part of it, cannot be
+    applied, and where its header disagrees."""
 
     path: str
     nbytes: int
@@ -65,9 +69,9 @@ class Inspection:
 def inspect_file(path: Path, pickles: bool = True) -> Inspection:
     """pickles: False where a file of `torch.save` is refused unread. Raises UnreadableFileError for a missing
     or damaged file, and for one that holds more than weights."""
-    tensors = read_lora_file(path, pickles).tensors
+    tensors = read_lora_file(path, pickles)
     try:
-        adapters = read_adapters(tensors)
+        adapters = read_adapters(tensors, metadata=tensors.metadata)
         refusal = None
     except AdapterError as error:
         adapters, refusal = AdapterFile({}, (), "unknown"), str(error)
@@ -75,7 +79,7 @@ def inspect_file(path: Path, pickles: bool = True) -> Inspection:
         path=str(path),
         nbytes=path.stat().st_size,
         layout=adapters.layout,
-        layers=tuple(layers(adapters, tensors)),
+        layers=tuple(layers(adapters)),
         unmatched=adapters.unmatched,
         findings=tuple(findings(tensors, adapters, refusal)),
     )
@@ -100,28 +104,38 @@ def read_lora_file(path: Path, pickles: bool = True) -> LoraContent:
         ) from error
 
 
-def layers(adapters: AdapterFile, tensors: Mapping[str, Tensor]) -> Iterator[Layer]:
+def layers(adapters: AdapterFile) -> Iterator[Layer]:
     for name, adapter in adapters.items():
-        alpha = tensors.get(f"{name}.alpha")
         yield Layer(
             name=str(name),
             kind=adapter.kind,
             rank=adapter.rank,
-            alpha=None if alpha is None else float(alpha),
+            alpha=adapters.alphas.get(name),
             nbytes=adapter_bytes(adapter),
         )
 
 
 def findings(tensors: Mapping[str, Tensor], adapters: AdapterFile, refusal: str | None) -> Iterator[str]:
-    """One sentence each: tensors without values, with NaN or inf, what the reader refused, no layer."""
+    """One sentence each: tensors without values, with NaN or inf, what the reader found and refused, no
+    layer. A whole LoKr's alpha, which scales nothing, may be inf."""
     for key, values in tensors.items():
         if values.numel() == 0:
             yield f"{key}: shape {list(values.shape)} holds no values (rank zero)"
-        elif values.is_floating_point():
-            count = int((~torch.isfinite(values.float())).sum())
+        elif values.is_floating_point() and not (key.endswith(".alpha") and adapters):
+            count = _not_finite(key, values)
             if count:
                 yield f"{key}: {count} of {values.numel()} values are NaN or inf"
+    yield from adapters.findings
     if refusal is not None:
         yield f"the file cannot be applied: {refusal}"
     elif not adapters:
-        yield f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a kind not known yet?"
+        unknown = f"none of its {len(tensors)} keys is understood; is it a checkpoint, or a new kind?"
+        yield unreadable(tensors) or unknown
+
+
+def _not_finite(key: str, values: Tensor) -> int:
+    """How many values are NaN or inf; none in a type that cannot be read, which the reader refuses."""
+    try:
+        return int((~torch.isfinite(widened(key, "", values))).sum())
+    except AdapterError:
+        return 0

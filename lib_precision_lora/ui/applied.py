@@ -18,6 +18,7 @@ APPLIED, LEFT_OUT, BY_HOST = "LoRAs applied", "left out", "LoRAs left to the Web
 NONE, UNFINISHED = "No LoRA was applied.", "The generation did not finish. Until then:"
 KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "text encoder"
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
+FINDINGS = "Findings"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
 TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
 BY_LAYER = "by layer"
@@ -26,7 +27,7 @@ MEMORY, PLANNED, MEASURED = "LoRA factors on the device", "predicted", "measured
 STREAMED, EXTRA = "Streamed from RAM", "Predicted peak for LoRAs"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
-    *(HOST_LAYERS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
+    *(HOST_LAYERS, FINDINGS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
     *(BY_LAYER, STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
 )
 """All words of this part of the page, for translators."""

@@ -121,6 +121,29 @@ def test_a_header_tells_what_the_branch_of_every_family_takes(
 
 
 @pytest.mark.parametrize("compute", ["fp16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_header_tells_what_a_sparse_rest_takes(
+    shape: tuple[int, ...], compute: Compute, tmp_path: Path
+) -> None:
+    columns = torch.Size(shape[1:]).numel()
+    kept = torch.rand(shape[0], columns, generator=torch.manual_seed(2)) < 0.1
+    rest = {
+        "layer.bias_indices": kept.nonzero().T.contiguous().to(torch.int16),
+        "layer.bias_values": torch.ones(int(kept.sum()), dtype=torch.float16),
+        "layer.bias_size": torch.tensor(kept.shape, dtype=torch.int16),
+    }
+    files, rows = [of_family("lora", shape) | rest], [(0, shape[0])]
+    planned = layer_footprints(headers(files, shape, rows, tmp_path), compute == "fp16")["layer"]
+    told, session, layer = attached(files, shape, rows, compute)
+    assert sorted(planned.factors) == sorted(told.factors)
+    assert_same_workspace(planned, told)
+    assert sum(planned.factors) == pytest.approx(made(session, layer, shape), abs=4 * sum(shape[:2]))
+    bare = [of_family("lora", shape)]
+    less = layer_footprints(headers(bare, shape, rows, tmp_path), compute == "fp16")["layer"]
+    assert sum(planned.factors) - sum(less.factors) == 10 * int(kept.sum())
+
+
+@pytest.mark.parametrize("compute", ["fp16", "fp32"])
 def test_a_scale_whose_axis_no_header_tells_is_planned_as_the_costlier_one(
     compute: Compute, tmp_path: Path
 ) -> None:

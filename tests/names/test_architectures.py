@@ -14,6 +14,7 @@ from lib_precision_lora.names.architectures import (
     foreign,
     kind_of,
     model_of,
+    unreadable,
 )
 
 KEYS: Mapping[str, tuple[str, str | None]] = {
@@ -96,3 +97,52 @@ def test_the_logs_clause_counts_each_kind_and_names_the_first() -> None:
     assert clause == (
         f"20 of text encoder T5 ({keys[0]}, {keys[1]}, …); 1 of no layout that is known (strange)"
     )
+
+
+FORMS: Mapping[str, tuple[list[str], str]] = {
+    "Nunchaku": (
+        ["transformer_blocks.0.qkv_proj.lora_down", "single_transformer_blocks.3.mlp_fc1.lora_up"],
+        "Nunchaku",
+    ),
+    "Nunchaku, a whole model": (["transformer.transformer_blocks.0.qkv_proj.qweight"], "Nunchaku"),
+    "cloneofsimo": (["unet:0:up", "unet:0:down", "text_encoder:12:up"], "cloneofsimo"),
+    "a list": (["0", "1", "2"], "cloneofsimo"),
+    "textual inversion": (["emb_params"], "embeddings"),
+    "kohya's OFT for Flux": (["oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0"], "OFT"),
+    "LLLite": (["lllite_unet_input_blocks_1_1_to_q.down.0.weight"], "ControlNet"),
+    "IP-Adapter": (["ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"], "ControlNet"),
+    "a checkpoint": (["model.diffusion_model.input_blocks.0.0.weight"], "models/Stable-diffusion"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_that_cannot_be_read_is_named_with_what_to_do(form: str) -> None:
+    keys, name = FORMS[form]
+    clause = unreadable(keys)
+    assert clause is not None
+    assert clause.startswith("it is ")
+    assert name in clause
+    assert ": " in clause
+    assert "another model" not in clause
+
+
+READABLE = [
+    "lora_unet_double_blocks_3_img_mlp_0.lora_up.weight",
+    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    "transformer.single_transformer_blocks.0.proj_out.lora_down.weight",
+    "transformer.transformer_blocks.0.attn.to_q.alpha",
+    "diffusion_model.double_blocks.0.img_attn.proj.lokr_w1",
+    "double_blocks.3.processor.qkv_lora1.down.weight",
+    "unet.down_blocks.0.attn.to_k.lora.up.weight",
+    "model.diffusion_model.input_blocks.1.1.proj_in.lora_A.default.weight",
+]
+
+
+@pytest.mark.parametrize("key", READABLE)
+def test_a_name_of_a_lora_is_no_such_form(key: str) -> None:
+    assert unreadable([key]) is None
+
+
+def test_the_commonest_form_counts() -> None:
+    assert unreadable([*READABLE[:3], "emb_params"]) is None
+    assert unreadable([]) is None

@@ -48,9 +48,56 @@ def test_a_layout_without_alphas_is_named(tmp_path: Path) -> None:
 
 
 def test_unmatched_keys_are_listed_and_are_no_finding(tmp_path: Path) -> None:
+    inspection = inspected({**lora("a"), "surprise": torch.ones(1)}, tmp_path)
+    assert (inspection.unmatched, inspection.findings) == (("surprise",), ())
+    assert "surprise" in inspection_text(inspection)
+
+
+def test_a_part_of_a_layer_that_is_not_understood_is_a_finding(tmp_path: Path) -> None:
     inspection = inspected({**lora("a"), "a.surprise": torch.ones(1)}, tmp_path)
-    assert (inspection.unmatched, inspection.findings) == (("a.surprise",), ())
-    assert "a.surprise" in inspection_text(inspection)
+    assert inspection.unmatched == ("a.surprise",)
+    (finding,) = inspection.findings
+    assert "a.surprise" in finding
+    assert f"FINDING  {finding}" in inspection_text(inspection)
+
+
+def test_alphas_of_the_header_are_shown_and_disagreements_are_findings(tmp_path: Path) -> None:
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})}
+    save_file(lora("transformer.a", alpha=None), tmp_path / "lora.safetensors", header)
+    inspection = inspect_file(tmp_path / "lora.safetensors")
+    assert (inspection.alphas, inspection.findings) == ({16.0: 1}, ())
+    save_file(lora("transformer.a", alpha=2.0), tmp_path / "lora.safetensors", header)
+    inspection = inspect_file(tmp_path / "lora.safetensors")
+    assert inspection.alphas == {2.0: 1}
+    assert "header says alpha 16" in inspection.findings[0]
+
+
+def test_alphas_that_scale_nothing_are_no_finding(tmp_path: Path) -> None:
+    """ai-toolkit's LoKr of whole factors in fp16; several alphas, and a rank that makes them count."""
+    whole = {"a.lokr_w1": torch.ones(2, 2), "a.lokr_w2": torch.ones(2, 2)}
+    for alpha in (torch.tensor(9999999999).half(), torch.ones(3)):
+        inspection = inspected({**whole, "a.alpha": alpha}, tmp_path)
+        assert (inspection.alphas, inspection.findings) == ({}, ())
+        json.dumps(inspection.as_object(), allow_nan=False)
+    damaged = inspected({**lora("a"), "a.alpha": torch.ones(3)}, tmp_path)
+    assert "a: alpha has 3 values" in damaged.findings[0]
+    flag = inspected({"a.weight": torch.ones(4), "a.on_input": torch.ones(0)}, tmp_path)
+    assert any("a: on_input has 0 values" in finding for finding in flag.findings)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_files_in_fp8_are_read(tmp_path: Path, name: str) -> None:
+    tensors = {key: value.to(getattr(torch, name)) for key, value in lora("a").items()}
+    tensors["a.dora_scale"] = torch.ones(16, 1).to(getattr(torch, name))
+    inspection = inspected(tensors, tmp_path)
+    assert (inspection.kinds, inspection.alphas, inspection.findings) == ({"dora": 1}, {2.0: 1}, ())
+
+
+def test_a_form_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    packed = {"transformer_blocks.0.qkv_proj.lora_down": torch.ones(8, 4)}
+    (finding,) = inspected(packed, tmp_path).findings
+    assert "Nunchaku" in finding
+    assert "use the LoRA from which it was converted" in finding
 
 
 def test_many_unmatched_keys_are_cut_short_in_the_text_only(tmp_path: Path) -> None:

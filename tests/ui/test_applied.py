@@ -84,14 +84,14 @@ def test_text_encoders_are_spoken_of_where_a_setting_leaves_them_alone() -> None
 
 def test_what_comes_from_a_file_is_text_and_nothing_else() -> None:
     attack = "<img src=x onerror=alert(1)>\"'&"
-    hostile = FileReport(attack, 1.0, 1.0, attack, unmatched=(attack,))
+    hostile = FileReport(attack, 1.0, 1.0, attack, unmatched=(attack,), findings=(attack,))
     left_out = FileReport(attack, 1.0, 1.0, problem=attack)
     report = GenerationReport(
         (hostile, left_out), attack, attack, True, attack, {attack: 1}, problems=("other " + attack,)
     )
     read = Reader(applied_html(report))
     assert "img" not in read.tags
-    assert sum(attack in word for word in read.words) == 9
+    assert sum(attack in word for word in read.words) == 10
 
 
 def test_memory_has_a_bar_for_each_figure_and_none_without() -> None:
