@@ -79,7 +79,7 @@ class EffectiveWeight:
     def largest(self, factors: Factors) -> float:
         """A bound of the elements of a term: the product of the largest one of each of its tensors."""
         key = "largest", tuple(id(tensor) for tensor in factors.tensors())
-        return float(self.memo.recall(key, factors, lambda: largest_element(factors)))
+        return self.memo.recall(key, factors, lambda: largest_element(factors))
 
     def running(self, start: int, length: int) -> RunningRows:
         """What an adapter for these rows sees of the weight."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, require_number
@@ -45,10 +44,10 @@ def require_range(step: Step, largest: Callable[[Factors], float]) -> None:
             )
 
 
-def largest_element(factors: Factors) -> Tensor:
-    """The product of the largest absolute element of each tensor: [] fp64, on the CPU."""
-    product = torch.ones((), dtype=torch.float64)
+def largest_element(factors: Factors) -> float:
+    """The product of the largest absolute element of each tensor."""
+    product = 1.0
     for tensor in factors.tensors():
         if tensor.numel():
-            product *= tensor.abs().amax().double().cpu()
+            product *= float(tensor.abs().amax())
     return product

@@ -25,7 +25,7 @@ def described(value: Any) -> dict[str, View | float]:
     """
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    if isinstance(value, list) and value and all(isinstance(entry, View) for entry in value):
+    if isinstance(value, (list, tuple)) and value and all(isinstance(entry, View) for entry in value):
         raise ContainerError(
             f"it is a list of {len(value)} tensors without names, as cloneofsimo's lora writes them, so that "
             "nothing says to which layers they belong; convert it to a safetensors file with names first"

@@ -144,11 +144,16 @@ def test_a_norm_that_stands_before_is_not_read_again(monkeypatch: pytest.MonkeyP
 
 def test_norms_are_forgotten_with_the_files_they_belong_to() -> None:
     model, adapter = Model(), family("dora-out", SHAPE).adapter
+
+    def norms() -> list[Tensor]:
+        return [value for _, value in session._memo._kept.values() if isinstance(value, Tensor)]
+
     with PatchSession(model) as session:
         session.apply(items([adapter], (1.0,)))
-        assert len(session._memo._kept) == 1
+        assert [norm.shape for norm in norms()] == [SHAPE[:1]]
         session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
-        assert len(session._memo._kept) == 0
+        assert norms() == []
+        assert len(session._memo._kept) == 1, "the largest number of the LoRA that stands there now"
 
 
 @pytest.mark.parametrize("name", ["glora", "ia3-in", "ia3-peft-in"])

@@ -95,7 +95,7 @@ def test_a_request_that_makes_no_sense_is_refused(
     assert refused(api.get(PLAN, params=query), 422)
 
 
-def test_a_lora_for_another_model_is_refused_in_a_sentence(
+def test_a_lora_of_no_layer_is_refused_in_a_sentence(
     host: Host, api: TestClient, checkpoint: Checkpoint
 ) -> None:
     def rename(tensors: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def test_a_lora_for_another_model_is_refused_in_a_sentence(
     make_lora("fish").with_tensors(rename).write(host)
     host.networks.list_available_networks()
     sentence = refused(api.get(PLAN, params={"lora": "fish:1"}), 422)
-    assert sentence.startswith("LoRA fish would be left out: it was made for another model")
+    assert sentence.startswith("LoRA fish would be left out: it is no LoRA that is known: none of its 15")
     assert str(host.lora_dir) not in sentence
 
 

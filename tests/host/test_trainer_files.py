@@ -144,14 +144,14 @@ def test_a_list_of_tensors_is_named(tmp_path: Path, content: Any) -> None:
     """cloneofsimo's `.pt` holds up, down, up, down, … without names."""
     path = tmp_path / "lora.pt"
     torch.save(content, path)
-    with pytest.raises(FileProblem, match=r"^it is a list of tensors without names, as cloneofsimo's"):
-        LoraFiles(lambda path: content).read(Stamp.of(str(path)))
+    with pytest.raises(FileProblem, match=r"it is a list of \d tensors without names, as cloneofsimo's"):
+        LoraFiles().read(Stamp.of(str(path)))
 
 
 def test_the_header_travels_with_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     safetensors.torch.save_file(peft(), path, header(r=2, lora_alpha=3))
-    read = LoraFiles(dict).read(Stamp.of(str(path)))
+    read = LoraFiles().read(Stamp.of(str(path)))
     assert read.metadata == header(r=2, lora_alpha=3)  # type: ignore[attr-defined]
     safetensors.torch.save_file(peft(), path)
-    assert LoraFiles(dict).read(Stamp.of(str(path))).metadata == {}  # type: ignore[attr-defined]
+    assert LoraFiles().read(Stamp.of(str(path))).metadata == {}  # type: ignore[attr-defined]
