@@ -116,8 +116,10 @@ def read_adapters(
             for disagreement in disagreements(tensors, training):
                 findings.about(disagreement, layer.name)
         if weight is not None and "alpha" in used:
-            alpha = float(tensors["alpha"]) if "alpha" in tensors else training and training.alpha
-            alphas |= {} if alpha is None else {target.name: alpha}
+            told = training.alpha if training is not None else None
+            alpha = float(tensors["alpha"]) if "alpha" in tensors else told
+            if alpha is not None:
+                alphas[target.name] = alpha
     del layouts[""]
     said = (*(declared.findings if adapters else ()), *findings.sentences())
     layout = layouts.most_common(1)[0][0] if layouts else "unknown"
