@@ -13,12 +13,14 @@ from typing import Any
 class Requirement:
     """`module:path` must exist; where it is a function, it must take these parameters, in this order.
 
-    `path` may go through a class (`LoraLoader.refresh`). An empty `parameters` asks for existence alone.
+    `path` may go through a class (`LoraLoader.refresh`). An empty `parameters` asks for existence alone. own:
+    the class must define the method itself: what it would inherit does nothing.
     """
 
     module: str
     path: str
     parameters: tuple[str, ...] = ()
+    own: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.path}"
@@ -30,7 +32,7 @@ class Requirement:
         except Exception as error:  # noqa: BLE001  importing runs the host's code, which can fail in any way
             return f"module {self.module} cannot be imported ({error})"
         for name in self.path.split("."):
-            if not hasattr(found, name):
+            if not hasattr(found, name) or (self.own and isinstance(found, type) and name not in vars(found)):
                 return f"{self} is missing"
             found = getattr(found, name)
         if not self.parameters:

@@ -51,7 +51,7 @@ REQUIREMENTS = (
         "backend.diffusion_engine.base", "ForgeDiffusionEngine.save_checkpoint", ("self", "filename")
     ),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
-    Requirement("extra_networks_lora", "ExtraNetworkLora.activate", ("self", "p", "params_list")),
+    Requirement("extra_networks_lora", "ExtraNetworkLora.activate", ("self", "p", "params_list"), own=True),
     Requirement("networks", "load_network", ("name", "network_on_disk")),
     Requirement("network", "NetworkOnDisk.set_hash", ("self", "v")),
     Requirement("networks", "update_available_networks_by_names", ("names",)),

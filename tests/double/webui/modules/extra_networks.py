@@ -30,6 +30,9 @@ class ExtraNetwork:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
+        raise NotImplementedError
+
 
 def register_extra_network(extra_network: Any) -> None:
     extra_network_registry[extra_network.name] = extra_network
