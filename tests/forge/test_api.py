@@ -162,7 +162,7 @@ def test_a_request_without_a_sensible_name_is_refused(api: TestClient, query: di
 def test_a_damaged_file_is_a_sentence(api: TestClient, loras: Path) -> None:
     answer = api.get(f"{ROOT}/inspect", params={"lora": "cut"})
     assert answer.status_code == 422
-    assert answer.json()["detail"].startswith("cut.safetensors: the file of ")
+    assert answer.json()["detail"].startswith("cut.safetensors: the file is truncated: it has ")
     assert str(loras) not in answer.text
 
 
@@ -171,7 +171,7 @@ def test_a_failure_of_ours_is_a_sentence_and_its_trace_is_in_the_log(
 ) -> None:
     from lib_precision_lora.host import api as module
 
-    def fail(path: Path) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(module, "inspect_file", fail)
