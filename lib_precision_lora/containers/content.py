@@ -22,8 +22,8 @@ class LoraContent(Mapping[str, Tensor]):
 
     tensors: the same, on the CPU, each with memory of its own unless the file shares it; metadata: that of a
     safetensors header, empty for other files; digest: SHA-256 of the whole file, in hexadecimal digits;
-    weights_digest: the same of a safetensors file without its header, which WebUIs and model sites show
-    (AutoV3), and of other files the digest.
+    weights_digest: the same of a safetensors file without its header (AutoV3, as model sites name it), and
+    of other files the digest.
 
     The digests are those of the very bytes that the tensors come from.
     """
@@ -41,6 +41,13 @@ class LoraContent(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def listed_digest(self) -> str:
+        """The one that a WebUI shows: what the header says (`sshs_model_hash`) where that is true, else the
+        digest."""
+        said = self.metadata.get("sshs_model_hash")
+        return self.weights_digest if said == self.weights_digest else self.digest
 
     @property
     def held_bytes(self) -> int:

@@ -32,10 +32,10 @@ class PickleProblem(FileProblem):
 
 @dataclass(frozen=True, slots=True)
 class FileDigests:
-    """Of the bytes that were read (`LoraContent`): of all of them, and as WebUIs show it."""
+    """Of the bytes that were read: of all of them, and what the WebUI lists (`LoraContent.listed_digest`)."""
 
     digest: str
-    weights_digest: str
+    listed: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class LoraFiles:
             raise _cannot_open(stamp.path, error) from error
         if not content:
             raise FileProblem(f"{name} holds no tensors: it is no LoRA")
-        self.digests[stamp] = FileDigests(content.digest, content.weights_digest)
+        self.digests[stamp] = FileDigests(content.digest, content.listed_digest)
         self._kept[stamp] = content
         limit = self._limit()
         while self._kept and self.kept_bytes > limit:

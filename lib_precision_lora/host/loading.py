@@ -179,9 +179,9 @@ class NetworkLoader:
         match = self._match(engine, on_disk.name, stamp)
         network = networks.load_network(name, on_disk)
         network.mentioned_name = name
-        weights_digest = self._files.digests[stamp].weights_digest
-        if on_disk.hash != weights_digest:  # what the WebUI knows may be a former file's
-            on_disk.set_hash(weights_digest)
+        listed = self._files.digests[stamp].listed
+        if on_disk.hash and on_disk.hash != listed:  # that of a former file; none, where it hashes nothing
+            on_disk.set_hash(listed)
         return stamp, match, network
 
     @contextmanager

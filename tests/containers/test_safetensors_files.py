@@ -75,6 +75,19 @@ def test_digests_are_those_of_the_bytes_with_and_without_the_header(tmp_path: Pa
     assert read.digest == hashlib.sha256(content).hexdigest()
     assert read.weights_digest == hashlib.sha256(behind).hexdigest()
     assert read.digest != read.weights_digest
+    assert read.listed_digest == read.digest
+
+
+@pytest.mark.parametrize("true", [True, False])
+def test_a_digest_in_the_header_is_listed_where_it_is_true(tmp_path: Path, true: bool) -> None:
+    path = tmp_path / "lora.safetensors"
+    plain = safetensors.torch.save({"a": torch.ones(100)})
+    weights_digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
+    said = weights_digest if true else "0" * 64
+    safetensors.torch.save_file({"a": torch.ones(100)}, path, {"sshs_model_hash": said})
+    read = read_lora(path)
+    assert read.weights_digest == weights_digest
+    assert read.listed_digest == (weights_digest if true else read.digest)
 
 
 def test_tensors_may_lie_at_any_byte(tmp_path: Path) -> None:
