@@ -171,6 +171,7 @@ class NetworkLoader:
         Raises `AdapterError` for strengths that are none, and `FileProblem`.
         """
         import networks
+        from modules import shared
 
         require_number("its strength", unet)
         require_number("its strength in the text encoders", te)
@@ -180,7 +181,8 @@ class NetworkLoader:
         network = networks.load_network(name, on_disk)
         network.mentioned_name = name
         listed = self._files.digests[stamp].listed
-        if on_disk.hash and on_disk.hash != listed:  # that of a former file; none, where it hashes nothing
+        hashes = not getattr(shared.cmd_opts, "no_hashing", False)
+        if hashes and on_disk.hash != listed:  # none yet, or that of a former file
             on_disk.set_hash(listed)
         return stamp, match, network
 
