@@ -32,7 +32,7 @@ class BlockedWeight(StoredWeight):
         first, last = begin // self.block_size, block_count(end, self.block_size)
         skipped = first * self.block_size
         values = self.decode_blocks(first, last).view(-1)
-        return values[begin - skipped : end - skipped].view(stop - start, *self.shape[1:])
+        return values.narrow(0, begin - skipped, end - begin).view(stop - start, *self.shape[1:])
 
 
 def block_count(values: int, block_size: int) -> int:

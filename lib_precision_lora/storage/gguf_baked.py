@@ -51,7 +51,7 @@ class BakedWeight(BlockedWeight):
         return self.blocks.numel()
 
     def decode_blocks(self, first: int, last: int) -> Tensor:
-        return self.layout.decode(self.blocks[first:last], self.compute)
+        return self.layout.decode(self.blocks.narrow(0, first, last - first), self.compute)
 
 
 def scales(stored: Tensor, compute: torch.dtype) -> Tensor:
