@@ -31,7 +31,16 @@ class DenseWeight(StoredWeight):
         return self.stored.numel() * self.stored.element_size()
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self.stored[start:stop].to(torch.float32, copy=True)
+        return single(self.stored[start:stop])
+
+
+def single(stored: Tensor) -> Tensor:
+    """The elements in fp32, memory of its own. Those of 8 bits by a table on a CPU: torch's own cast takes
+    five times as long there."""
+    if stored.element_size() > 1 or stored.device.type != "cpu":
+        return stored.to(torch.float32, copy=True)
+    table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).to(torch.float32)
+    return table.index_select(0, stored.view(torch.uint8).flatten().int()).view(stored.shape)
 
 
 def floating_weight(parameter: Tensor, kind: str) -> DenseWeight:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .dense import DENSE_KINDS, floating_weight
+from .dense import DENSE_KINDS, floating_weight, single
 from .weight import StorageError, StoredWeight, plain
 
 FP8_KINDS = MappingProxyType(
@@ -37,7 +37,7 @@ class ScaledWeight(StoredWeight):
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         scale = self.scale.expand(self.shape[0], *self.scale.shape[1:])[start:stop]
-        values = self.stored[start:stop].to(torch.float32, copy=True)
+        values = single(self.stored[start:stop])
         return values.mul_(scale.to(values.device, torch.float32))
 
 
