@@ -30,8 +30,16 @@ class DenseWeight(StoredWeight):
     def nbytes(self) -> int:
         return self.stored.numel() * self.stored.element_size()
 
+    def sample(self, row: int) -> Tensor:
+        return elements(self.stored[row : row + 1])
+
     def decode_rows(self, start: int, stop: int) -> Tensor:
         return single(self.stored[start:stop])
+
+
+def elements(stored: Tensor) -> Tensor:
+    """The elements as numbers that need no decoding: those of 8 bits as bytes."""
+    return stored.view(torch.uint8) if stored.element_size() == 1 else stored
 
 
 def single(stored: Tensor) -> Tensor:

@@ -45,8 +45,11 @@ class GGUFWeight(BlockedWeight):
     def nbytes(self) -> int:
         return self.blocks.numel()
 
+    def undecoded(self, first: int, last: int) -> Tensor:
+        return self.blocks.narrow(0, first, last - first)
+
     def decode_blocks(self, first: int, last: int) -> Tensor:
-        return self.decode(self.blocks.narrow(0, first, last - first))
+        return self.decode(self.undecoded(first, last))
 
 
 def gguf_weight(data: Tensor, qtype: object, shape: Sequence[int]) -> StoredWeight:
