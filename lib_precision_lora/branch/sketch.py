@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add
-from lib_precision_lora.branch import norms
+from lib_precision_lora.branch import base_reading, norms
 from lib_precision_lora.branch.effective import EffectiveWeight, RunningRows
 from lib_precision_lora.branch.norms import Axis
 from lib_precision_lora.branch.number_range import Factors
@@ -44,7 +44,7 @@ class SketchedRows(RunningRows):
         if form is None:
             self._read(reading_bytes(stored.shape, (*self.weight.steps, *additions), FP64))
         else:
-            self._read(norms.reading_bytes(form, stored))
+            self._read(base_reading.reading_bytes(form, stored))
             self._reads.kept |= {
                 (self.start, self.length, part.key): part.nbytes for part in norms.products(form, axis, width)
             }

@@ -49,7 +49,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         for owner, name in (
             *((Reader, name) for name in ("row_squares", "column_squares", "times")),
-            *((norms, name) for name in ("_row_reading", "_column_reading")),
+            *((norms, name) for name in ("row_reading", "column_reading")),
         ):
             original = getattr(owner, name)
 
@@ -149,7 +149,7 @@ def test_a_norm_that_stands_before_is_not_read_again(monkeypatch: pytest.MonkeyP
         assert model.error([(made[1], 0.5), (made[0], 0.5)]) <= 1e-5
         with reads(monkeypatch) as seen:
             session.apply(items([adapters[1], family("dora-out", SHAPE, 3).adapter], (0.5, 0.5)))
-            assert seen == ["_row_reading"], "for the new term alone"
+            assert seen == ["row_reading"], "for the new term alone"
 
 
 def test_norms_are_forgotten_with_the_files_they_belong_to_and_those_of_the_base_stay() -> None:
@@ -180,7 +180,7 @@ def test_another_base_in_the_same_place_is_read_and_takes_the_place_of_the_forme
         model.layer.weight.mul_(1.5)
         with reads(monkeypatch) as seen:
             session.apply(items([made.adapter], (1.0,)))
-        assert seen == ["_row_reading"]
+        assert seen == ["row_reading"]
         assert model.error([(made, 1.0)]) <= 1e-5
         assert len(session._memo._kept) == count
 

@@ -207,7 +207,7 @@ def test_on_a_card_the_base_is_read_there_and_sums_alone_leave_it(
         monkeypatch.setattr(Tensor, "cpu", lambda tensor: (left.append(tuple(tensor.shape)), copy(tensor))[1])
         for name in ("item", "numpy", "tolist"):
             monkeypatch.setattr(Tensor, name, refuse)
-        read = norms._row_reading if axis == "row" else norms._column_reading
+        read = norms.row_reading if axis == "row" else norms.column_reading
         own, (crossed,) = read(weight, 0, SHAPE[0], form.terms)
     length = SHAPE[0] if axis == "row" else SHAPE[1]
     assert own.shape == crossed.shape == (length,)
