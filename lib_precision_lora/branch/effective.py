@@ -15,7 +15,9 @@ from lib_precision_lora.adapters.adapter import Adapter, AdapterError, require_n
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Left, Right, Step, Turn
 from lib_precision_lora.branch.identity import exact_identity
+from lib_precision_lora.branch.low_rank_form import LowRankForm, low_rank_form
 from lib_precision_lora.branch.memo import Memo
+from lib_precision_lora.branch.norms import Axis, squares
 from lib_precision_lora.branch.number_range import Factors, largest_element, require_range
 from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.storage import StoredWeight
@@ -145,10 +147,33 @@ class RunningRows:
         return (self.length, *self.weight.stored.shape[1:])
 
     def row_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        return self._reader(additions, torch.float64).row_squares(self.start, self.start + self.length)
+        return self._squares("row", additions)
 
     def column_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        return self._reader(additions, torch.float64).column_squares(self.start, self.start + self.length)
+        return self._squares("column", additions)
+
+    def _squares(self, axis: Axis, additions: Sequence[Add]) -> Tensor:
+        """In closed form; what that leaves unsure, and what has none, by reading all of the weight."""
+        weight, start, stop = self.weight, self.start, self.start + self.length
+        reader, form = self._reader(additions, torch.float64), self._form(axis, additions)
+        if form is not None:
+            place = weight.name, start, stop
+            base = *place, fingerprint(weight.stored)
+            found, sure = squares(form, axis, weight.stored, start, weight.memo, place, base)
+            if sure.all():
+                return found
+            if axis == "row":
+                unsure = (~sure).nonzero()
+                first, last = int(unsure[0]), int(unsure[-1]) + 1
+                found[first:last] = reader.row_squares(start + first, start + last)
+                return found
+        return reader.row_squares(start, stop) if axis == "row" else reader.column_squares(start, stop)
+
+    def _form(self, axis: Axis, additions: Sequence[Add]) -> LowRankForm | None:
+        """The closed form of these rows, None where the norms along this axis have none."""
+        steps = (*self.weight.steps, *self._shifted(additions))
+        form = low_rank_form(self.weight.pieces, steps, self.start, self.start + self.length)
+        return form if form is not None and (axis == "row" or form.is_uniform) else None
 
     def times(self, matrix: Tensor) -> Tensor:
         return self._reader((), torch.float32).times(self.start, self.start + self.length, matrix)
@@ -161,21 +186,25 @@ class RunningRows:
 
     def _reader(self, additions: Sequence[Add], dtype: torch.dtype) -> Reader:
         """dtype: fp64 for norms, whose ratio to a magnitude is so near to 1 that fp32 would lose it."""
-        shifted = [
+        steps = (*self.weight.steps, *self._shifted(additions))
+        return Reader(self.weight.stored, self.weight.pieces, steps, dtype)
+
+    def _shifted(self, additions: Sequence[Add]) -> list[Add]:
+        """With their rows counted from the first of the weight."""
+        return [
             dataclasses.replace(step, start=step.start + self.start, stop=step.stop + self.start)
             for step in additions
         ]
-        return Reader(self.weight.stored, self.weight.pieces, (*self.weight.steps, *shifted), dtype)
 
 
 def fingerprint(stored: StoredWeight) -> tuple[object, ...]:
-    """What tells one base from another under the same name: kind, shape, and the sum of three rows.
+    """What tells one base from another under the same name: kind, shape, and what three rows hold.
 
     Identity would not do: a host makes new objects of the same weight, and may write another into one.
     """
     last = stored.shape[0] - 1
-    rows = [stored.rows(row, row + 1).cpu().double().sum() for row in (0, last // 2, last)]
-    return stored.kind, stored.shape, tuple(float(row) for row in rows)
+    rows = torch.cat([stored.sample(row).flatten() for row in (0, last // 2, last)]).cpu().double()
+    return stored.kind, stored.shape, *rows.view(3, -1).sum(1).tolist()
 
 
 Cuttable = TypeVar("Cuttable", Piece, Add)

@@ -19,7 +19,7 @@ from lib_precision_lora.branch.operands import up_blocks
 from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.sites import Kind, Site
-from lib_precision_lora.branch.sketch import SketchedWeight
+from lib_precision_lora.branch.sketch import Reads, SketchedWeight
 from lib_precision_lora.branch.stack import low_rank
 from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
@@ -35,7 +35,7 @@ class Footprint:
     memory of their own where the file's tensors lie on the same device (a CPU); stages: what a forward takes
     on top, by tokens or positions; fixed_bytes: whatever their number; attach_bytes: what is alive at once
     while the branch is made, where it reads the base for that; host_bytes: the originals of what is merged,
-    which stay in RAM.
+    which stay in RAM; kept_bytes: in RAM too, what of a DoRA's norms is kept for the next change.
     """
 
     factors: tuple[int, ...] = ()
@@ -44,6 +44,7 @@ class Footprint:
     fixed_bytes: int = 0
     attach_bytes: int = 0
     host_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def factor_bytes(self) -> int:
@@ -142,13 +143,14 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
         stages = tuple(conv_stages(weight, stack.rank, cost))
     else:
         stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, cost)),)
-    reads = isinstance(weight, SketchedWeight) and weight.reads.element_bytes
+    reads = weight.reads if isinstance(weight, SketchedWeight) else Reads()
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
         stages,
         stack.recast(cost) + _dense_blocks(weight.steps, cost),
-        reading_bytes(weight.stored.shape, weight.steps, reads) if reads else 0,
+        reads.peak,
+        kept_bytes=sum(reads.kept.values()),
     )
 
 

@@ -127,7 +127,7 @@ class Reader:
     def _base(self, low: int, high: int) -> Tensor:
         """W0: [high − low, columns]."""
         base = self.stored.rows(low, high, torch.float32)
-        if self.dtype == torch.float64 and not _has_fp64(base.device):
+        if self.dtype == torch.float64 and not has_fp64(base.device):
             base = base.cpu()
         return base.to(self.dtype).reshape(high - low, self.width)
 
@@ -219,7 +219,7 @@ def _squares(block: Tensor, axis: int) -> Tensor:
     return block.square().sum(axis).cpu()
 
 
-def _has_fp64(device: torch.device) -> bool:
+def has_fp64(device: torch.device) -> bool:
     """Some accelerators have none (MPS, some XPUs): what needs it is then done on the CPU."""
     return device.type in ("cpu", "cuda")
 

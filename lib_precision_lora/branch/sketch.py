@@ -6,22 +6,31 @@ only how large they are, and is made before the weight is where it can be read f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add
+from lib_precision_lora.branch import base_reading, norms
 from lib_precision_lora.branch.effective import EffectiveWeight, RunningRows
+from lib_precision_lora.branch.norms import Axis
 from lib_precision_lora.branch.number_range import Factors
+from lib_precision_lora.branch.reading import reading_bytes
+from lib_precision_lora.memory.chunks import FP32
+
+FP64 = 8
 
 
 @dataclass(slots=True, eq=False)
 class Reads:
-    """element_bytes: of the arithmetic in which the real weight's base is read; 0 where it is not."""
+    """What making the real weight reads from its base. peak: bytes alive at once meanwhile, at most; kept: of
+    what is kept of it in RAM, the bytes of each."""
 
-    element_bytes: int = 0
+    peak: int = 0
+    kept: dict[Hashable, int] = field(default_factory=dict)
 
 
 class SketchedRows(RunningRows):
@@ -29,25 +38,32 @@ class SketchedRows(RunningRows):
 
     __slots__ = ()
 
-    def row_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        self._read(torch.float64)
-        return torch.ones(self.length, dtype=torch.float64)
-
-    def column_squares(self, additions: Sequence[Add] = ()) -> Tensor:
-        self._read(torch.float64)
-        return torch.ones(self.shape[1:], dtype=torch.float64).flatten()
+    def _squares(self, axis: Axis, additions: Sequence[Add]) -> Tensor:
+        stored, form = self.weight.stored, self._form(axis, additions)
+        width = math.prod(stored.shape[1:])
+        if form is None:
+            self._read(reading_bytes(stored.shape, (*self.weight.steps, *additions), FP64))
+        else:
+            self._read(base_reading.reading_bytes(form, stored))
+            self._reads.kept |= {
+                (self.start, self.length, part.key): part.nbytes for part in norms.products(form, axis, width)
+            }
+        return torch.ones(self.length if axis == "row" else width, dtype=torch.float64)
 
     def times(self, matrix: Tensor) -> Tensor:
-        self._read(torch.float32)
+        self._read(reading_bytes(self.weight.stored.shape, self.weight.steps, FP32))
         return torch.zeros(self.length, matrix.shape[1])
 
     def remember(self, adapter: object, make: Callable[[], Tensor]) -> Tensor:
         return make()
 
-    def _read(self, dtype: torch.dtype) -> None:
+    def _read(self, peak: int) -> None:
+        self._reads.peak = max(self._reads.peak, peak)
+
+    @property
+    def _reads(self) -> Reads:
         assert isinstance(self.weight, SketchedWeight)
-        reads = self.weight.reads
-        reads.element_bytes = max(reads.element_bytes, dtype.itemsize)
+        return self.weight.reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)

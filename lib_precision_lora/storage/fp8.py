@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .dense import DENSE_KINDS, floating_weight
+from .dense import DENSE_KINDS, elements, floating_weight, single
 from .weight import StorageError, StoredWeight, plain
 
 FP8_KINDS = MappingProxyType(
@@ -35,10 +35,16 @@ class ScaledWeight(StoredWeight):
     def nbytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in (self.stored, self.scale))
 
+    def sample(self, row: int) -> Tensor:
+        return elements(self.stored[row : row + 1]) * self._scale(row, row + 1)
+
     def decode_rows(self, start: int, stop: int) -> Tensor:
+        return single(self.stored[start:stop]).mul_(self._scale(start, stop))
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        """Of these rows, in fp32 where the elements lie."""
         scale = self.scale.expand(self.shape[0], *self.scale.shape[1:])[start:stop]
-        values = self.stored[start:stop].to(torch.float32, copy=True)
-        return values.mul_(scale.to(values.device, torch.float32))
+        return scale.to(self.stored.device, torch.float32)
 
 
 def fp8_weight(parameter: Tensor, module: nn.Module | None) -> StoredWeight | None:

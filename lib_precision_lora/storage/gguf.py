@@ -1,6 +1,8 @@
-"""GGUF weights: block bytes of a ggml type and a logical shape, decoded by the `gguf` package.
+"""GGUF weights: block bytes of a ggml type and a logical shape.
 
-`gguf` is the PyPI package, or inside Forge the older copy that Forge bundles; it is imported on first use.
+The types that image models are kept in are decoded by torch where they lie (`gguf_blocks`), all others by the
+`gguf` package on the CPU. That is the PyPI package, or inside Forge the older copy that Forge bundles; it is
+imported on first use.
 """
 
 from __future__ import annotations
@@ -20,41 +22,42 @@ from torch import Tensor
 
 from .blocks import BlockedWeight, block_count
 from .dense import DenseWeight
+from .gguf_blocks import BLOCK_LAYOUTS
 from .weight import StorageError, StoredWeight, flat_bytes, plain
 
 ELEMENT_TYPES = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 VALUES_PER_CALL = 1 << 20  # bounds the temporary arrays of the package's dequantizers, several times as large
 
+Decode = Callable[[Tensor], Tensor]
+"""Blocks, uint8 [n, block_bytes], to their values: fp32 [n, block_size], memory of its own."""
+
+Dequantize = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFWeight(BlockedWeight):
-    """W0 = dequantize(blocks), in fp32 on the CPU, copied back to the device of the bytes.
-
-    blocks: uint8 [n, block_bytes]; dequantize: uint8 [1, k·block_bytes] -> fp32 [1, k·block_size].
-    """
+    """W0 = decode(blocks), in fp32. blocks: uint8 [n, block_bytes]."""
 
     blocks: Tensor
-    dequantize: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    decode: Decode
 
     @property
     def nbytes(self) -> int:
         return self.blocks.numel()
 
+    def undecoded(self, first: int, last: int) -> Tensor:
+        return self.blocks.narrow(0, first, last - first)
+
     def decode_blocks(self, first: int, last: int) -> Tensor:
-        touched = self.blocks[first:last].cpu().numpy()
-        values = np.empty((last - first, self.block_size), dtype=np.float32)
-        step = max(1, VALUES_PER_CALL // self.block_size)
-        for at in range(0, last - first, step):
-            part = self.dequantize(touched[at : at + step].reshape(1, -1))
-            values[at : at + step] = part.reshape(-1, self.block_size)
-        return torch.from_numpy(values).to(self.blocks.device)
+        return self.decode(self.undecoded(first, last))
 
 
 def gguf_weight(data: Tensor, qtype: object, shape: Sequence[int]) -> StoredWeight:
     """The weight over GGUF block bytes. data: uint8, any shape; qtype: name, number or enum; shape: logical.
 
-    F32, F16 and BF16 are read by torch; every other type that the installed `gguf` decodes, by `gguf`.
-    Raises StorageError for an unknown or undecodable type, a wrong number of bytes, and without `gguf`.
+    F32, F16, BF16 and the types of `BLOCK_LAYOUTS` are read by torch; every other type that the installed
+    `gguf` decodes, by `gguf`.
+    Raises StorageError for an unknown or undecodable type, a wrong number of bytes, and for want of `gguf`.
     """
     logical = tuple(int(size) for size in shape)
     if plain(data).dtype not in (torch.uint8, torch.int8):
@@ -66,7 +69,7 @@ def gguf_weight(data: Tensor, qtype: object, shape: Sequence[int]) -> StoredWeig
     element = ELEMENT_TYPES.get(name)
     if element is not None:
         return element_weight(flat_bytes(data), name, element, logical)
-    block_size, block_bytes, dequantize = decoder(name)
+    block_size, block_bytes, decode = decoder(name)
     stored = flat_bytes(data)
     check_size(stored, name, logical, block_count(prod(logical), block_size) * block_bytes)
     return GGUFWeight(
@@ -74,7 +77,7 @@ def gguf_weight(data: Tensor, qtype: object, shape: Sequence[int]) -> StoredWeig
         kind=f"gguf-{name}",
         block_size=block_size,
         blocks=stored.view(-1, block_bytes),
-        dequantize=dequantize,
+        decode=decode,
     )
 
 
@@ -108,8 +111,16 @@ def type_name(qtype: object) -> str:
         ) from error
 
 
-def decoder(name: str) -> tuple[int, int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]]:
-    """(block_size, block_bytes, dequantize) of a ggml type, tried on one block of zeros."""
+def decoder(name: str) -> tuple[int, int, Decode]:
+    """(block_size, block_bytes, decode) of a ggml type."""
+    layout = BLOCK_LAYOUTS.get(name)
+    if layout is not None:
+        return layout.block_size, layout.block_bytes, layout.decode
+    return package_decoder(name)
+
+
+def package_decoder(name: str) -> tuple[int, int, Decode]:
+    """The same by the `gguf` package, tried on one block of zeros."""
     constants, quants = gguf_module("gguf.constants"), gguf_module("gguf.quants")
     try:
         member = constants.GGMLQuantizationType[name]
@@ -121,7 +132,21 @@ def decoder(name: str) -> tuple[int, int, Callable[[npt.NDArray[np.uint8]], npt.
             f"The installed gguf package cannot decode the GGUF type {name}; update it (pip install -U gguf) "
             "or use a checkpoint of another type, such as Q8_0 or Q4_K."
         ) from error
-    return block_size, block_bytes, dequantize
+    return block_size, block_bytes, partial(decoded_on_cpu, dequantize, block_size)
+
+
+def decoded_on_cpu(dequantize: Dequantize, block_size: int, blocks: Tensor) -> Tensor:
+    """Blocks uint8 [n, block_bytes] -> fp32 [n, block_size], by numpy, copied back to where the bytes lie.
+
+    dequantize: uint8 [1, k·block_bytes] -> fp32 [1, k·block_size].
+    """
+    touched = blocks.cpu().numpy()
+    values = np.empty((len(touched), block_size), dtype=np.float32)
+    step = max(1, VALUES_PER_CALL // block_size)
+    for at in range(0, len(touched), step):
+        part = dequantize(touched[at : at + step].reshape(1, -1))
+        values[at : at + step] = part.reshape(-1, block_size)
+    return torch.from_numpy(values).to(blocks.device)
 
 
 def gguf_module(name: str) -> Any:

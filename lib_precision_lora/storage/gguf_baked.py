@@ -50,8 +50,11 @@ class BakedWeight(BlockedWeight):
     def nbytes(self) -> int:
         return self.blocks.numel()
 
+    def undecoded(self, first: int, last: int) -> Tensor:
+        return self.blocks.narrow(0, first, last - first)
+
     def decode_blocks(self, first: int, last: int) -> Tensor:
-        return self.layout.decode(self.blocks[first:last], self.compute)
+        return self.layout.decode(self.undecoded(first, last), self.compute)
 
 
 def scales(stored: Tensor, compute: torch.dtype) -> Tensor:

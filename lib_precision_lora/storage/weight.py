@@ -55,6 +55,11 @@ class StoredWeight(ABC):
             )
         return self.decode_rows(start, stop).to(dtype)
 
+    def sample(self, row: int) -> Tensor:
+        """Numbers that a row is made of, as many for every row, to tell stored weights apart by: its values,
+        or what is stored of them, and then in the memory of the weight."""
+        return self.rows(row, row + 1)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W0 whole, shape `shape`. For tests, reports and small weights; elsewhere read by row block."""
         return self.rows(0, self.shape[0], dtype)

@@ -70,7 +70,7 @@ def test_norms_of_a_large_layer_are_read_within_64_mib(name: str) -> None:
     identity = EffectiveWeight.identity(stored_weight(weight))
     meter = metered(lambda: identity.apply(adapter, 1.0))
     assert meter.operations > 10
-    assert 5 * MIB < meter.peak <= 64 * MIB
+    assert 2 * MIB < meter.peak <= 64 * MIB
 
 
 def test_norms_after_a_rotation_are_read_by_column_within_64_mib() -> None:

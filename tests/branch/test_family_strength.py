@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.branch import PatchSession, norms
 from lib_precision_lora.branch.reading import Reader
 from tests.families import BASE_STD, FAMILIES, Family, family
 from tests.oracles import Step, merge
@@ -47,14 +47,17 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The norms and products that are read from the base meanwhile."""
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        for name in ("row_squares", "column_squares", "times"):
-            original = getattr(Reader, name)
+        for owner, name in (
+            *((Reader, name) for name in ("row_squares", "column_squares", "times")),
+            *((norms, name) for name in ("row_reading", "column_reading")),
+        ):
+            original = getattr(owner, name)
 
-            def record(self: Reader, *args: object, name=name, original=original) -> Tensor:
+            def record(*args: object, name=name, original=original) -> object:
                 seen.append(name)
-                return original(self, *args)
+                return original(*args)
 
-            patch.setattr(Reader, name, record)
+            patch.setattr(owner, name, record)
         yield seen
 
 
@@ -105,10 +108,14 @@ def test_a_change_of_strength_reads_nothing_and_keeps_the_very_same_factors(
         assert seen == []
 
 
-@pytest.mark.parametrize("name", ["dora-out", "dora-in", "loha-dora-in", "lokr-dora-out", "glora"])
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("dora-out", 0), ("dora-in", 0), ("loha-dora-in", 0), ("lokr-dora-out", 1), ("glora", 1)],
+)
 def test_a_change_of_an_earlier_strength_reads_what_depends_on_it(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """again: what has no closed form, or is a product with the running weight."""
     model, made = Model(), [family("lora", SHAPE), family(name, SHAPE), family("lokr-both", SHAPE)]
     adapters = [one.adapter for one in made]
     with PatchSession(model) as session:
@@ -116,7 +123,7 @@ def test_a_change_of_an_earlier_strength_reads_what_depends_on_it(
             ((1.0, 1.0, 1.0), 1),
             ((1.0, 0.3, 1.0), 0),
             ((1.0, 0.3, -2.0), 0),
-            ((0.5, 0.3, -2.0), 1),
+            ((0.5, 0.3, -2.0), again),
             ((0.5, 1.0, 1.0), 0),
         ):
             with reads(monkeypatch) as seen:
@@ -134,26 +141,48 @@ def test_a_norm_that_stands_before_is_not_read_again(monkeypatch: pytest.MonkeyP
             session.apply(items(adapters, (1.0, 0.5)))
             assert seen == []
             session.apply(items(adapters, (0.5, 0.5)))
-            assert seen == ["row_squares"]
+            assert seen == [], "the norms change, what they are made of does not"
         assert model.error([(made[0], 0.5), (made[1], 0.5)]) <= 1e-5
         with reads(monkeypatch) as seen:
             session.apply(items(adapters[::-1], (0.5, 0.5)))
-            assert seen == ["row_squares"] * 2
+            assert seen == []
         assert model.error([(made[1], 0.5), (made[0], 0.5)]) <= 1e-5
+        with reads(monkeypatch) as seen:
+            session.apply(items([adapters[1], family("dora-out", SHAPE, 3).adapter], (0.5, 0.5)))
+            assert seen == ["row_reading"], "for the new term alone"
 
 
-def test_norms_are_forgotten_with_the_files_they_belong_to() -> None:
+def test_norms_are_forgotten_with_the_files_they_belong_to_and_those_of_the_base_stay() -> None:
     model, adapter = Model(), family("dora-out", SHAPE).adapter
+    base = model.layer.weight.double().square().sum(1)
 
-    def norms() -> list[Tensor]:
+    def kept() -> list[Tensor]:
         return [value for _, value in session._memo._kept.values() if isinstance(value, Tensor)]
 
     with PatchSession(model) as session:
         session.apply(items([adapter], (1.0,)))
-        assert [norm.shape for norm in norms()] == [SHAPE[:1]]
+        planned = session.footprints(session.patches, "fp32", torch.device("cpu"), torch.float32)["layer"]
+        assert sum(value.nbytes for value in kept()) == planned.kept_bytes + 4 * SHAPE[0], "and the change"
         session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
-        assert norms() == []
-        assert len(session._memo._kept) == 1, "the largest number of the LoRA that stands there now"
+        (norms_of_base,) = kept()
+        torch.testing.assert_close(norms_of_base, base, rtol=1e-14, atol=0)
+        assert len(session._memo._kept) == 2, "and the largest number of the LoRA that stands there now"
+
+
+def test_another_base_in_the_same_place_is_read_and_takes_the_place_of_the_former(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, made = Model(), family("dora-out", SHAPE)
+    with PatchSession(model) as session:
+        session.apply(items([made.adapter], (1.0,)))
+        count = len(session._memo._kept)
+        session.clear()
+        model.layer.weight.mul_(1.5)
+        with reads(monkeypatch) as seen:
+            session.apply(items([made.adapter], (1.0,)))
+        assert seen == ["row_reading"]
+        assert model.error([(made, 1.0)]) <= 1e-5
+        assert len(session._memo._kept) == count
 
 
 @pytest.mark.parametrize("name", ["glora", "ia3-in", "ia3-peft-in"])

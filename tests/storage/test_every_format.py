@@ -71,6 +71,20 @@ def test_rows_equal_the_same_rows_of_dense(name: str, data: st.DataObject) -> No
 
 @FORMATS
 @SHAPES
+def test_samples_of_rows_are_of_one_size_and_tell_two_weights_apart(
+    name: str, shape: tuple[int, int]
+) -> None:
+    case, other = CASES[name, shape], stored_variant(name, matrix(shape, seed=2))
+    weights = [stored_weight(each.parameter, each.module) for each in (case, case, other)]
+    for row in (0, shape[0] // 2, shape[0] - 1):
+        first, again, another = (weight.sample(row) for weight in weights)
+        assert first.numel() == weights[0].sample(0).numel() > 0
+        assert same_bits(first, again)
+        assert float(first.double().sum()) != float(another.double().sum())
+
+
+@FORMATS
+@SHAPES
 def test_row_blocks_and_single_rows_join_to_the_whole(name: str, shape: tuple[int, int]) -> None:
     case = CASES[name, shape]
     weight = stored_weight(case.parameter, case.module)

@@ -82,10 +82,9 @@ def test_logical_shapes_whose_rows_cut_blocks_are_read(name: str, shape: tuple[i
 
 
 def test_more_values_than_one_call_decodes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_precision_lora.storage.gguf.VALUES_PER_CALL", 96)
-    matrix = torch.randn(10, 64)
-    data = gguf_blocks("Q8_0", matrix)
-    assert torch.equal(gguf_weight(data, "Q8_0", (10, 64)).dense(), gguf_values("Q8_0", data, matrix.shape))
+    monkeypatch.setattr("lib_precision_lora.storage.gguf.VALUES_PER_CALL", 512)
+    data, shape = random_bytes("IQ2_XXS", 10), torch.Size((5, 512))
+    assert torch.equal(gguf_weight(data, "IQ2_XXS", shape).dense(), gguf_values("IQ2_XXS", data, shape))
 
 
 @pytest.mark.parametrize("qtype", ["Q4_0", 2, gguf.GGMLQuantizationType.Q4_0])
@@ -135,7 +134,7 @@ def test_a_type_that_gguf_cannot_decode_is_refused_by_name(qtype: object) -> Non
         gguf_weight(torch.zeros(292, dtype=torch.uint8), qtype, (1, 256))
 
 
-@pytest.mark.parametrize("qtype", ["Q8_0", 8])
+@pytest.mark.parametrize("qtype", ["IQ2_XXS", 8])
 def test_a_missing_gguf_package_is_named(qtype: object, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gguf", "gguf.constants", "gguf.quants"):
         monkeypatch.setitem(sys.modules, module, None)
