@@ -95,7 +95,7 @@ def made(session: PatchSession, layer: nn.Module, shape: tuple[int, ...]) -> int
     """Bytes that the branch holds for its device."""
     (here,) = session._attached.values()
     x = torch.ones(1, shape[1], *(5 for _ in shape[2:]))
-    operands, stack = here.piece.operands(x), here.piece._stack  # type: ignore[union-attr]
+    operands, stack = here.piece.operands(x, None), here.piece._stack  # type: ignore[union-attr]
     return sum(held_by((operands, stack), {}).values())
 
 
