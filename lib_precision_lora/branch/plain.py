@@ -22,8 +22,8 @@ from lib_precision_lora.branch.plain_form import WIDENED_BYTES, PlainForm
 from lib_precision_lora.branch.stack import UpBlock, rank_of, stack_columns, turned_factors
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
-LARGEST_EXPONENT = 60
-"""Of the factor. Parts that overflow beside it belong to an output far beyond fp16's range."""
+LARGEST_FACTOR = 2.0**60
+"""Parts that overflow beside it belong to an output far beyond fp16's range."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class PlainRange:
 class PlainStack:
     """The low-rank terms of one module on one device, ready for activations of one type.
 
-    down: [parts · rank, inputs]; scale: [rank] fp32; factor: a power of two; signs: of the two parts of
+    down: [parts · rank, inputs]; scale: [rank] fp32; factor: of all; signs: of the two parts of
     hidden, [2], None where it is one; exponents: the powers of two moved out of each rank's factors.
     """
 
@@ -189,14 +189,15 @@ def _scales(
 ) -> tuple[Tensor, float]:
     """The scale of each rank, [rank] fp32 on the CPU, and what the second product is multiplied by.
 
-    In fp16 |hidden| is at most 65504 · inputs, or 65504 where it is fp16 itself; the factor is the power of
-    two by which parts stay at or below 65504.
+    In fp16 |hidden| is at most 65504 · inputs, or 65504 where it is fp16 itself, and the factor keeps parts
+    at or below 65504. It takes the largest scale along: those of one strength then are powers of two, and
+    round nothing.
     """
     strengths = [step.scale for step in additions for _ in range(rank_of(step))]
     scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
-    factor = 1.0
-    largest = max(map(abs, scales), default=0.0)
-    if form.activations == torch.float16 and largest > 0.0:
-        exponent = math.frexp(largest * (1 if form.narrow else inputs))[1]
-        factor = 2.0 ** min(exponent, LARGEST_EXPONENT)
+    factor = max(map(abs, scales), default=0.0) if form.activations == torch.float16 else 1.0
+    if factor == 0.0:
+        factor = 1.0
+    elif form.activations == torch.float16:
+        factor = min(factor if form.narrow else math.ldexp(factor, inputs.bit_length()), LARGEST_FACTOR)
     return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor
