@@ -25,6 +25,8 @@ from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 LARGEST_FACTOR = 2.0**60
 """Parts that overflow beside it belong to an output far beyond fp16's range."""
 
+SIGNS = torch.tensor([1.0, -1.0])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainRange:
@@ -70,7 +72,7 @@ class PlainStack:
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
         scale, factor = _scales(self.form, additions, self.exponents, self.down.shape[1])
-        return dataclasses.replace(self, scale=scale.to(self.scale.device), factor=factor)
+        return dataclasses.replace(self, scale=scale.to(self.scale.device, copy=True), factor=factor)
 
     def parts(self, hidden: Tensor) -> Tensor:
         """`hidden · scale` in the type of the activations: [tokens, rank, columns].
@@ -148,10 +150,10 @@ def build_plain(
     return PlainStack(
         form,
         down.flatten(0, 1),
-        scale.to(device),
+        scale.to(device, copy=True),
         factor,
         tuple(ranges),
-        torch.tensor([1.0, -1.0], dtype=form.activations).to(device) if form.columns > 1 else None,
+        SIGNS.to(device, form.activations, copy=True) if form.columns > 1 else None,
         tuple(exponents),
     )
 
