@@ -1,8 +1,8 @@
 """A card that is not there: tensors with a device, a type and a shape, and no values.
 
-torch's `FakeTensorMode` runs the code of a card with them, beside that of the CPU. Of it, a build of torch for the CPU alone lacks
-one piece: what tells operations on which device they are. The one of meta tensors, which does nothing, then
-stands in for it.
+torch's `FakeTensorMode` runs the code of a card with them, beside that of the CPU. Of it, a build of torch
+for the CPU alone lacks one piece: what tells operations on which device they are. The one of meta tensors,
+which does nothing, then stands in for it.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def convolve(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tenso
 def add_plain(module: Conv, stack: PlainStack, x: Tensor, y: Tensor) -> None:
     """`y += branch(x)` in place; x: [B, in, …], y: [B, out, …] with positions that are one axis."""
     kernels = stack.down.view(stack.rank, x.shape[1], *module.kernel_size)
-    sample_bytes = stack.form.token_bytes(stack.rank) * y[0, 0].numel()
+    sample_bytes = stack.form.hidden_bytes(stack.rank) * y[0, 0].numel()
     at_once = max(1, PLAIN_HIDDEN_BYTES // max(1, sample_bytes))
     for start in range(0, x.shape[0], at_once):
         hidden = _as_the_module(module, x[start : start + at_once], kernels)

@@ -16,20 +16,25 @@ from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRan
 from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import is_plain, up_blocks
-from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES, WIDENED_BYTES, PlainForm
+from lib_precision_lora.branch.plain_form import PlainForm
 from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.sites import Kind, Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.stack import are_neighbours, low_rank, rank_of
-from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
+from lib_precision_lora.branch.stages import (
+    Stage,
+    Use,
+    conv_stages,
+    largest,
+    linear_stage,
+    plain_conv_stages,
+    plain_stages,
+)
 from lib_precision_lora.branch.wide_input import WideInput
-from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES, WORKSPACE_BYTES
+from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
 
 INT64 = 8
-
-MOST_SAMPLES = 64
-"""Of a batch, when hidden states of several are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,7 @@ def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool)
     rank = sum(map(rank_of, additions))
     sizes = [form.down_bytes(rank, inputs), rank * FP32]
     sizes += [form.signs_bytes] if form.columns > 1 else []
-    made = 0
+    columns = 0
     for block in up_blocks(weight.steps, outputs):
         numbers = [number for number, _, _ in block]
         block_rank = sum(rank_of(additions[number]) for number in numbers)
@@ -185,14 +190,9 @@ def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool)
         sizes.append(form.up_bytes(block_rank, rows))
         if not are_neighbours(numbers):
             sizes.append(INT64 * block_rank)
-        made = max(made, form.made_bytes(block_rank, rows, inputs))
-    hidden = form.token_bytes(rank)
-    stages: list[Stage] = [(Use(hidden, None if convolution else WORKSPACE_BYTES),)]
-    if convolution:
-        stages.append((Use(hidden * MOST_SAMPLES, PLAIN_HIDDEN_BYTES),))
-    elif form.widens:
-        stages = [(*stages[0], Use(FP32 * inputs, WIDENED_BYTES))]
-    return Footprint(tuple(sizes), stages=tuple(stages), fixed_bytes=made, attach_bytes=_attach_bytes(weight))
+        columns = max(columns, form.columns_bytes(block_rank, rows))
+    stages = plain_conv_stages(form, rank) if convolution else plain_stages(form, rank, inputs, columns)
+    return Footprint(tuple(sizes), stages=tuple(stages), attach_bytes=_attach_bytes(weight))
 
 
 def _attach_bytes(weight: EffectiveWeight) -> int:

@@ -101,17 +101,26 @@ class PlainForm:
         """Of the signs of two parts."""
         return 2 * self.activations.itemsize
 
-    def made_bytes(self, rank: int, rows: int, inputs: int) -> int:
-        """Whatever the count of tokens: the columns of the largest range of rows, and down in fp32."""
-        columns = self.columns * rank * rows * self.activations.itemsize if self.columns > 1 else 0
-        return max(columns, FP32 * self.down_parts * rank * inputs if self.widens else 0)
+    def columns_bytes(self, rank: int, rows: int) -> int:
+        """Of the columns that a forward makes of one range of rows; 0 where they are the factor itself."""
+        return self.columns * rank * rows * self.activations.itemsize if self.columns > 1 else 0
+
+    def widened_bytes(self, rank: int, inputs: int) -> int:
+        """Of down in fp32, where a forward makes it."""
+        return FP32 * self.down_parts * rank * inputs if self.widens else 0
+
+    def hidden_bytes(self, rank: int) -> int:
+        """Of one token, or of one position of a convolution."""
+        size = self.activations.itemsize if self.narrow else FP32
+        return size * self.down_parts * rank
+
+    def parts_bytes(self, rank: int) -> int:
+        """Of one token; 0 where the parts take the place of hidden."""
+        in_place = self.narrow or self.activations == torch.float32
+        return 0 if in_place else self.activations.itemsize * self.columns * rank
 
     def token_bytes(self, rank: int) -> int:
-        """Of one token, or of one position of a convolution: hidden, and its parts."""
-        size = self.activations.itemsize
-        if self.activations == torch.float32 or self.narrow:
-            return rank * size
-        return rank * (FP32 * self.down_parts + size * self.columns)
+        return self.hidden_bytes(rank) + self.parts_bytes(rank)
 
 
 def is_card(device: torch.device) -> bool:

@@ -61,9 +61,12 @@ def build_stack(
     factors: list[HalfFactors | BalancedFactors] = []
     for step in additions:
         up, down = turned_factors(step)
+        if not half:
+            factors.append(balanced_factors(up, down))  # asks for a value, of the CPU
+            continue
         if device.type == "cuda":  # which has fp64, and is the faster one
             up, down = up.to(device), down.to(device)
-        factors.append(half_factors(up, down, len(additions)) if half else balanced_factors(up, down))
+        factors.append(half_factors(up, down, len(additions)))
     columns, ups = {}, {}
     for block in blocks:
         columns[block] = stack_columns([number for number, _, _ in block], additions, device)
