@@ -24,8 +24,10 @@ import torch
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
-from lib_precision_lora.branch.product import Product
+from lib_precision_lora.branch.plain_form import PlainForm
+from lib_precision_lora.branch.product import Compute, choose_product
 from lib_precision_lora.branch.product_cost import ProductCost
+from lib_precision_lora.branch.stack import factor_types
 from lib_precision_lora.memory.chunks import (
     BLOCK_COPIES,
     FP32,
@@ -40,19 +42,26 @@ class Arithmetic:
     """How factors are multiplied on a device.
 
     half: in fp16; widens: fp16 factors are multiplied in fp32, as CPUs do; linear, conv: what products cost
-    in the forward of a linear module, and of a convolution.
+    in the forward of a linear module, and of a convolution. dtype: of the activations.
     """
 
+    compute: Compute
+    device: torch.device
+    dtype: torch.dtype
     half: bool
     widens: bool
     linear: ProductCost
     conv: ProductCost
 
     @classmethod
-    def of(cls, product: Product, device: torch.device, dtype: torch.dtype) -> Arithmetic:
-        """dtype: of the activations."""
+    def of(cls, compute: Compute, device: torch.device, dtype: torch.dtype) -> Arithmetic:
+        product = choose_product(compute, device, dtype)
         linear, conv = (ProductCost.of(product, device, convolution, dtype) for convolution in (False, True))
-        return cls(product.half, device.type == "cpu", linear, conv)
+        return cls(compute, device, dtype, product.half, device.type == "cpu", linear, conv)
+
+    def plain_form(self, steps: Sequence[Add | Left], convolution: bool) -> PlainForm | None:
+        """That of a plain stack of these steps."""
+        return PlainForm.of(self.compute, self.device, self.dtype, factor_types(steps), convolution)
 
 
 def token_bytes(

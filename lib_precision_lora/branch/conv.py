@@ -6,6 +6,7 @@ Where inputs are rotated among positions of the kernel, `patches.PatchInput` sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.linear import enlargement, mix_left, turn
 from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.patches import PatchInput
+from lib_precision_lora.branch.plain import PlainStack
+from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES
 from lib_precision_lora.branch.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.rows import add_rows
 from lib_precision_lora.branch.wide_input import WideInput
@@ -43,9 +46,12 @@ class ConvBranch(WeightBranch):
 
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where its layout allows; x: [B, in, …] or [in, …], y alike."""
-        operands = self.operands(x)
+        operands = self.operands(x, y if module.groups == 1 else None)
         spatial = len(module.kernel_size)
         y = y if _positions_are_flat(y, spatial) else y.contiguous()
+        if isinstance(operands, PlainStack):
+            add_plain(module, operands, *((x, y) if x.ndim > spatial + 1 else (x[None], y[None])))
+            return y
         if x.ndim == spatial + 1:
             self._add(module, operands, x, y)
         else:
@@ -177,22 +183,41 @@ def convolve(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tenso
     return result
 
 
+def add_plain(module: Conv, stack: PlainStack, x: Tensor, y: Tensor) -> None:
+    """`y += branch(x)` in place; x: [B, in, …], y: [B, out, …] with positions that are one axis."""
+    kernels = stack.down.view(stack.rank, x.shape[1], *module.kernel_size)
+    sample_bytes = stack.form.hidden_bytes(stack.rank) * y[0, 0].numel()
+    at_once = max(1, PLAIN_HIDDEN_BYTES // max(1, sample_bytes))
+    for start in range(0, x.shape[0], at_once):
+        hidden = _as_the_module(module, x[start : start + at_once], kernels)
+        parts = hidden.mul_(stack.scale.view(-1, *[1] * len(module.kernel_size))).flatten(2)
+        for here in stack.ranges:
+            rows = positions_of(y[start : start + at_once, here.start : here.stop])
+            up = stack.up(here).expand(len(rows), -1, -1)
+            rows.baddbmm_(up, parts[:, here.columns], alpha=stack.factor)
+
+
 def _convolved_block(module: Conv, product: Product, x: Tensor, weight: Tensor) -> Tensor:
     """What a block of input channels gives. Nothing else of it is alive when the next one is made."""
+    return product(partial(_as_the_module, module), x, weight, tuple(range(1, x.ndim)))
+
+
+def _as_the_module(module: Conv, x: Tensor, weight: Tensor) -> Tensor:
+    """`conv(x, weight)` with the module's stride, padding and dilation, and without bias."""
     padding: str | tuple[int, ...] = module.padding
     if module.padding_mode != "zeros":
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         padding = (0,) * len(module.kernel_size)
-
-    def op(x: Tensor, w: Tensor) -> Tensor:
-        conv = _CONVOLVE[len(module.kernel_size)]
-        return conv(x, w, None, module.stride, padding, module.dilation)
-
-    return product(op, x, weight, tuple(range(1, x.ndim)))
+    return _CONVOLVE[len(module.kernel_size)](x, weight, None, module.stride, padding, module.dilation)
 
 
 def _add_block(total: Tensor | None, block: Tensor) -> Tensor:
     return block if total is None else total.add_(block)
+
+
+def positions_of(y: Tensor) -> Tensor:
+    """[B, n, …] seen as [B, n, positions]."""
+    return y.view(*y.shape[:2], -1)
 
 
 def _positions_are_flat(y: Tensor, spatial: int) -> bool:

@@ -6,6 +6,7 @@ stays in fp32, and lose nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,41 +61,46 @@ def half_factors(up: Tensor, down: Tensor, stacked: int = 1) -> HalfFactors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BalancedFactors:
-    """`U · V = up · diag(scale) · down` in the file's own precision; scale: [rank] fp32."""
+    """`U · V = 2^exponent · up · down` in the file's own precision."""
 
     up: Tensor
     down: Tensor
-    scale: Tensor
+    exponent: int
+
+    @property
+    def scale(self) -> Tensor:
+        """The power of two for each rank: [rank] fp32."""
+        return torch.full(self.down.shape[:1], 2.0**self.exponent, dtype=torch.float64).to(
+            device=self.down.device, dtype=torch.float32
+        )
 
 
-MODERATE = 2.0**40
-"""Factors between 1/MODERATE and MODERATE cannot leave fp32's range on their way."""
+MODERATE = 40
+"""Factors between 2^-MODERATE and 2^MODERATE cannot leave fp32's range on their way."""
 
 
 def balanced_factors(up: Tensor, down: Tensor) -> BalancedFactors:
     """The factors as they are, or, where a bf16 or fp32 file goes to the edge of its range, balanced.
 
-    up: [out, rank], down: [rank, columns]. Only a power of two for each of the two moves to the scale, so
+    up: [out, rank], down: [rank, columns]. Only a power of two for each of the two moves to the exponent, so
     nothing is rounded but what lies below fp32's normal range beside the largest element.
     """
-    up_exponent, down_exponent = _extreme_exponent(up), _extreme_exponent(down)
-    if up_exponent == 0 and down_exponent == 0:
-        return BalancedFactors(up, down, torch.ones(down.shape[0], device=down.device))
-    return BalancedFactors(
-        torch.ldexp(up.float(), torch.tensor(up_exponent)),
-        torch.ldexp(down.float(), torch.tensor(down_exponent)),
-        torch.full((down.shape[0],), 2.0 ** -(up_exponent + down_exponent), dtype=torch.float64).to(
-            device=down.device, dtype=torch.float32
-        ),
+    exponents = _extreme_exponent(up), _extreme_exponent(down)
+    if exponents == (0, 0):
+        return BalancedFactors(up, down, 0)
+    up, down = (
+        torch.ldexp(factor.float(), torch.tensor(-exponent))
+        for factor, exponent in zip((up, down), exponents, strict=True)
     )
+    return BalancedFactors(up, down, sum(exponents))
 
 
 def _extreme_exponent(factor: Tensor) -> int:
-    """The power of two that brings the largest element to about 1, if it is far from there; else 0."""
-    largest = float(factor.abs().max())
-    if largest == 0.0 or 1.0 / MODERATE <= largest <= MODERATE:
-        return 0
-    return int(-torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent)
+    """The e for which 2^-e brings the largest element to between 1/2 and 1, if it is far from there; else
+    0."""
+    low, high = factor.aminmax()
+    exponent = math.frexp(max(float(high), -float(low)))[1]
+    return 0 if abs(exponent) <= MODERATE else exponent
 
 
 def _headroom(sums: Tensor, bound: float) -> Tensor:

@@ -15,13 +15,23 @@ from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse
 from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.operands import up_blocks
+from lib_precision_lora.branch.operands import is_plain, up_blocks
+from lib_precision_lora.branch.plain_form import PlainForm
 from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.reading import reading_bytes
 from lib_precision_lora.branch.sites import Kind, Site
 from lib_precision_lora.branch.sketch import Reads, SketchedWeight
-from lib_precision_lora.branch.stack import low_rank
-from lib_precision_lora.branch.stages import Stage, Use, conv_stages, largest, linear_stage
+from lib_precision_lora.branch.stack import are_neighbours, low_rank, rank_of
+from lib_precision_lora.branch.stages import (
+    Stage,
+    Use,
+    conv_stages,
+    largest,
+    linear_stage,
+    plain_conv_stages,
+    plain_stages,
+)
+from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
 
 INT64 = 8
@@ -81,7 +91,12 @@ def footprints(
             made[path] = norm_footprint(rows, vectors)
         elif attribute != "bias":
             bias = f"{path}.bias" in weights
-            footprint = weight_footprint(weight, site.kind, arithmetic)
+            form = None if bias else _plain_form(site, weight, arithmetic)
+            footprint = (
+                weight_footprint(weight, site.kind, arithmetic)
+                if form is None
+                else plain_footprint(weight, form, site.kind == "conv")
+            )
             made[path] = footprint.with_bias(rows) if bias else footprint
         elif f"{path}.weight" not in weights:
             made[path] = Footprint(stages=(linear_stage(2 * FP32 * rows),)).with_bias(rows)
@@ -143,7 +158,7 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
         stages = tuple(conv_stages(weight, stack.rank, cost))
     else:
         stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, cost)),)
-    reads = weight.reads if isinstance(weight, SketchedWeight) else Reads()
+    reads = _reads(weight)
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
@@ -152,6 +167,46 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
         reads.peak,
         kept_bytes=sum(reads.kept.values()),
     )
+
+
+def _plain_form(site: Site, weight: EffectiveWeight, arithmetic: Arithmetic) -> PlainForm | None:
+    """The form of the weight's branch where it is a plain stack, as `WeightBranch` and its forward decide."""
+    if site.kind == "embedding" or not is_plain(weight.steps, weight.pieces):
+        return None
+    if getattr(site.module, "groups", 1) > 1 or WideInput.of(weight.stored) is not None:
+        return None
+    return arithmetic.plain_form(weight.steps, site.kind == "conv")
+
+
+def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool) -> Footprint:
+    """A plain stack of a linear or conv weight."""
+    outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    additions = low_rank(weight.steps)
+    rank = sum(map(rank_of, additions))
+    sizes = [form.down_bytes(rank, inputs), rank * FP32]
+    sizes += [form.signs_bytes] if form.columns > 1 else []
+    columns = 0
+    for block in up_blocks(weight.steps, outputs):
+        numbers = [number for number, _, _ in block]
+        block_rank = sum(rank_of(additions[number]) for number in numbers)
+        rows = block[0][2] - block[0][1]
+        sizes.append(form.up_bytes(block_rank, rows))
+        if not are_neighbours(numbers):
+            sizes.append(INT64 * block_rank)
+        columns = max(columns, form.columns_bytes(block_rank, rows))
+    stages = plain_conv_stages(form, rank) if convolution else plain_stages(form, rank, inputs, columns)
+    reads = _reads(weight)
+    return Footprint(
+        tuple(sizes),
+        stages=tuple(stages),
+        attach_bytes=reads.peak,
+        kept_bytes=sum(reads.kept.values()),
+    )
+
+
+def _reads(weight: EffectiveWeight) -> Reads:
+    """What making the branch reads of the base."""
+    return weight.reads if isinstance(weight, SketchedWeight) else Reads()
 
 
 class _Stack:
@@ -183,7 +238,7 @@ class _Stack:
             yield self.rank * self.downs[0][0] * _element_bytes(self.downs)
         for block in self.blocks:
             numbers = [number for number, _, _ in block]
-            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            if not are_neighbours(numbers):
                 yield INT64 * sum(self.ranks[number] for number in numbers)
         yield from (size for size, new in self._ups() if new)
         yield from (size for size, new in self._single_down() if new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.operands import Operands, WeightBranch
+from lib_precision_lora.branch.plain import PlainStack
 from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
 from lib_precision_lora.branch.wide_input import WideInput
@@ -21,15 +23,22 @@ from lib_precision_lora.strict_product import strict
 
 LARGEST_ENLARGED = 2.0**5
 
+WHOLE = sys.maxsize
+"""As many tokens as there are."""
+
 
 class LinearBranch(WeightBranch):
     """Runs on the input and the output of a module whose forward multiplies by a [out, in] weight."""
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where y is contiguous; x: [..., in], y: [..., out]."""
-        operands = self.operands(x)
-        bias: Tensor | None = getattr(module, "bias", None)
+        operands = self.operands(x, y)
         y = y.contiguous()
+        if isinstance(operands, PlainStack):
+            for x_part, y_part in token_chunks(x, y, WHOLE):
+                operands.add(x_part, y_part)
+            return y
+        bias: Tensor | None = getattr(module, "bias", None)
         for x_chunk, y_chunk in token_chunks(x, y, token_count(operands.token_bytes)):
             self._add(module, operands, x_chunk, y_chunk, bias)
         return y

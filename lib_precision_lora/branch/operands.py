@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from lib_precision_lora.branch.chunks import token_bytes
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
+from lib_precision_lora.branch.plain import PlainStack, build_plain
+from lib_precision_lora.branch.plain_form import PlainForm
 from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.product_cost import ProductCost
-from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, low_rank
+from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, factor_types, low_rank
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
 from lib_precision_lora.branch.vector import DeltaVector
 from lib_precision_lora.branch.wide_input import WideInput
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,11 +96,13 @@ class WeightBranch:
         self.wide_input = WideInput.of(weight.stored)
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
+        plain = bias is None and self.wide_input is None and is_plain(self.steps, self.pieces)
+        self._types = factor_types(self.steps) if plain else None
         self.stream: FactorStream | None = None
         self.spare: FactorStream | None = None
         self._stack: Stack | None = None
-        self._operands: Operands | None = None
-        self._made_for: tuple[torch.device, bool] | None = None
+        self._operands: Operands | PlainStack | None = None
+        self._made_for: tuple[torch.device, PlainForm | bool] | None = None
         self._copies: DeviceCopies | None = None
 
     def structure(self) -> tuple[object, ...]:
@@ -110,25 +117,35 @@ class WeightBranch:
     def restrength(self, other: WeightBranch) -> None:
         """Take the strengths of a branch of equal structure; the factors stay where they are."""
         self.steps, self.pieces, self.bias = other.steps, other.pieces, other.bias
-        if self._operands is not None and self._made_for is not None:
+        if self._made_for is None or self._operands is None:
+            return
+        if isinstance(self._operands, PlainStack):
+            made = self._operands.with_strengths(low_rank(self.steps))
+            self._operands = self._kept(made, self._made_for[0])
+        else:
             self._operands = self._assemble(self._operands.product, self._made_for[0])
 
-    def operands(self, x: Tensor) -> Operands:
-        """The operands for this input: made at the first forward, then found."""
-        made = self.ready(x.device, x.dtype)
+    def operands(self, x: Tensor, y: Tensor | None) -> Operands | PlainStack:
+        """The operands for this input: made at the first forward, then found.
+
+        y: the output that a plain stack may be added to; None where it may not be.
+        """
+        made = self.ready(x.device, x.dtype, y is not None and y.dtype == x.dtype)
         return made if self.stream is None else self.stream.bring(self, made, x.device)
 
-    def ready(self, device: torch.device, dtype: torch.dtype) -> Operands:
+    def ready(self, device: torch.device, dtype: torch.dtype, plain: bool = True) -> Operands | PlainStack:
         """The operands for inputs on this device and of this type, where they stay: there, or in RAM.
 
-        Where the device has no memory for them, they stay in RAM from now on.
+        plain: whether outputs are of this type, too. Where the device has no memory for them, they stay in
+        RAM from now on.
         """
+        form = self._form(device, dtype) if plain else None
         product = choose_product(self.compute, device, dtype)
-        made_for = (device, product.half)
+        made_for = (device, product.half if form is None else form)
         if self._operands is None or self._made_for != made_for:
             self.release()
             try:
-                self._operands = self._make(product, device)
+                self._operands = self._make(product, form, device)
             except torch.cuda.OutOfMemoryError:
                 if self.spare is None or self.stream is not None:
                     raise
@@ -136,11 +153,11 @@ class WeightBranch:
                     "no memory on %s for the factors of a layer, they are streamed from RAM", device
                 )
                 self.stream = self.spare
-                self._operands = self._make(product, device)
+                self._operands = self._make(product, form, device)
             self._made_for = made_for
         return self._operands
 
-    def waiting_for(self, device: torch.device) -> Operands | None:
+    def waiting_for(self, device: torch.device) -> Operands | PlainStack | None:
         """The operands in RAM that were made for this device, if the branch is streamed."""
         here = self.stream is not None and self._made_for is not None and self._made_for[0] == device
         return self._operands if here else None
@@ -175,12 +192,20 @@ class WeightBranch:
         if self.bias is not None:
             self.bias.release()
 
-    def _make(self, product: Product, device: torch.device) -> Operands:
+    def _form(self, device: torch.device, dtype: torch.dtype) -> PlainForm | None:
+        """The form of its products where the branch is a plain stack; None where it is not."""
+        if self._types is None:
+            return None
+        return PlainForm.of(self.compute, device, dtype, self._types, self.convolution)
+
+    def _make(self, product: Product, form: PlainForm | None, device: torch.device) -> Operands | PlainStack:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
+        if form is not None:
+            made = build_plain(form, low_rank(self.steps), up_blocks(self.steps, self.rows), home)
+            return self._kept(made, device)
         self._stack = build_stack(low_rank(self.steps), up_blocks(self.steps, self.rows), product.half, home)
-        if self.stream is not None and device.type == "cuda":
-            self._stack = pinned(self._stack)
+        self._stack = self._kept(self._stack, device)
         self._copies = DeviceCopies(home)
         return self._assemble(product, device)
 
@@ -212,8 +237,11 @@ class WeightBranch:
             ProductCost.of(product, device, self.convolution),
             self.convolution,
         )
-        operands = Operands(product, down, scale, phases, pieces, bias, plain, size)
-        return pinned(operands) if self.stream is not None and device.type == "cuda" else operands
+        return self._kept(Operands(product, down, scale, phases, pieces, bias, plain, size), device)
+
+    def _kept(self, made: Made, device: torch.device) -> Made:
+        """As it waits at home: what is streamed to a card, in memory from which a card copies by itself."""
+        return pinned(made) if self.stream is not None and device.type == "cuda" else made
 
 
 def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
@@ -225,6 +253,12 @@ def up_blocks(steps: Sequence[Add | Left], rows: int) -> list[UpBlock]:
         for start, stop in _row_ranges(additions, rows)
     ]
     return [block for block in blocks if block]
+
+
+def is_plain(steps: Sequence[Add | Left], pieces: Sequence[Piece]) -> bool:
+    """Whether low-rank terms are added, and nothing else is done."""
+    turned = any(piece.turns for piece in pieces)
+    return bool(steps) and not turned and len(low_rank(steps)) == len(steps)
 
 
 def factor_bytes(steps: Sequence[Add | Left]) -> int:

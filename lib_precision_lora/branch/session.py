@@ -40,7 +40,7 @@ from lib_precision_lora.branch.operands import WeightBranch
 from lib_precision_lora.branch.overhead import OverheadMeter
 from lib_precision_lora.branch.patch import Applied, Patch, PatchError, PatchItem, resolve
 from lib_precision_lora.branch.policy import DensePolicy
-from lib_precision_lora.branch.product import Compute, choose_product
+from lib_precision_lora.branch.product import Compute
 from lib_precision_lora.branch.rescue import Rescue
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
@@ -166,9 +166,8 @@ class PatchSession:
         fitted = self._fitted if fitted is None else fitted
         shadows = self._standing_shadows()
         weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
-        product = choose_product(compute, device, dtype)
         merged = merged_modules(model, weights, compute, dense)
-        return footprints(weights, Arithmetic.of(product, device, dtype), merged)
+        return footprints(weights, Arithmetic.of(compute, device, dtype), merged)
 
     @property
     def patches(self) -> tuple[Patch, ...]:

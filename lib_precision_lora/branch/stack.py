@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def low_rank(steps: Sequence[object]) -> list[Add]:
 
 def column_scales(additions: Sequence[Add]) -> Tensor:
     """The scale of each column of their stack, [total rank] fp32."""
-    return torch.cat([torch.full((_rank(step),), step.scale, dtype=torch.float32) for step in additions])
+    return torch.cat([torch.full((rank_of(step),), step.scale, dtype=torch.float32) for step in additions])
 
 
 def build_stack(
@@ -59,16 +60,16 @@ def build_stack(
         return None
     factors: list[HalfFactors | BalancedFactors] = []
     for step in additions:
-        up, down = _turned_factors(step)
+        up, down = turned_factors(step)
+        if not half:
+            factors.append(balanced_factors(up, down))  # asks for a value, of the CPU
+            continue
         if device.type == "cuda":  # which has fp64, and is the faster one
             up, down = up.to(device), down.to(device)
-        factors.append(half_factors(up, down, len(additions)) if half else balanced_factors(up, down))
-    offsets = [0]
-    for step in additions:
-        offsets.append(offsets[-1] + _rank(step))
+        factors.append(half_factors(up, down, len(additions)))
     columns, ups = {}, {}
     for block in blocks:
-        columns[block] = _columns([number for number, _, _ in block], offsets, device)
+        columns[block] = stack_columns([number for number, _, _ in block], additions, device)
         ups[block] = _joined([factors[number].up[start:stop] for number, start, stop in block], 1, device)
     return Stack(
         _joined([part.down for part in factors], 0, device),
@@ -84,16 +85,22 @@ def _joined(parts: Sequence[Tensor], axis: int, device: torch.device) -> Tensor:
     return torch.cat(placed, axis) if len(placed) > 1 else placed[0].contiguous()
 
 
-def _columns(numbers: Sequence[int], offsets: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Where these additions lie in the stack."""
-    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+def stack_columns(numbers: Sequence[int], additions: Sequence[Add], device: torch.device) -> slice | Tensor:
+    """Where those of the additions that have these numbers lie in the stack of all."""
+    offsets = [0, *accumulate(map(rank_of, additions))]
+    if are_neighbours(numbers):
         return slice(offsets[numbers[0]], offsets[numbers[-1] + 1])
     return torch.cat(
         [torch.arange(offsets[number], offsets[number + 1], device=device) for number in numbers]
     )
 
 
-def _turned_factors(step: Add) -> tuple[Tensor, Tensor]:
+def are_neighbours(numbers: Sequence[int]) -> bool:
+    """Whether they follow each other."""
+    return list(numbers) == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def turned_factors(step: Add) -> tuple[Tensor, Tensor]:
     """The factors of one addition with its row scale and its turns of columns: views where it has none."""
     assert isinstance(step.term, LowRank)
     up = step.term.up[step.first : step.first + step.stop - step.start]
@@ -106,6 +113,19 @@ def _turned_factors(step: Add) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _rank(step: Add) -> int:
+def factor_types(steps: Sequence[object]) -> frozenset[tuple[torch.dtype, torch.dtype]]:
+    """The types of up and down, of each low-rank addition, as its stack takes them."""
+    return frozenset(
+        (
+            term.up.dtype if step.row_change is None else torch.float32,
+            torch.float32 if step.columns else term.down.dtype,
+        )
+        for step in low_rank(steps)
+        if isinstance(term := step.term, LowRank)
+    )
+
+
+def rank_of(step: Add) -> int:
+    """Of a low-rank addition."""
     assert isinstance(step.term, LowRank)
     return step.term.rank

@@ -4,6 +4,7 @@ A stage holds several uses of memory at once, each `min(positions · bytes of on
 what its largest stage takes.
 
     linear   one: a chunk of tokens (`chunks.token_bytes`)
+    plain    x in fp32, where it is; hidden and its parts; the parts and the columns that they meet
     conv     hidden    the stack's hidden state of a sample, from blocks of input channels
              base      one more pass through the module, of the turned input, or of blocks of its patches
              outputs   chunks of positions; of all at once, for what is not of low rank
@@ -25,6 +26,7 @@ from lib_precision_lora.branch.chunks import (
     whole_terms,
 )
 from lib_precision_lora.branch.effective import EffectiveWeight
+from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES, WIDENED_BYTES, PlainForm
 from lib_precision_lora.branch.product_cost import Copies, ProductCost
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
@@ -47,6 +49,9 @@ class Use:
 
 Stage = tuple[Use, ...]
 
+MOST_SAMPLES = 64
+"""Of a batch, as far as hidden states of several are counted."""
+
 
 def largest(stages: Sequence[Stage], positions: int) -> int:
     """Bytes of the stage that takes most."""
@@ -56,6 +61,23 @@ def largest(stages: Sequence[Stage], positions: int) -> int:
 def linear_stage(size: int) -> Stage:
     """size: `chunks.token_bytes` of the branch."""
     return (Use(size, WORKSPACE_BYTES),)
+
+
+def plain_stages(form: PlainForm, rank: int, inputs: int, columns: int) -> Iterator[Stage]:
+    """Those of a plain stack beside a linear module. columns: bytes of those that a forward makes."""
+    hidden, parts = form.hidden_bytes(rank), form.parts_bytes(rank)
+    if form.widens:
+        down = form.widened_bytes(rank, inputs)
+        yield Use(FP32 * inputs, WIDENED_BYTES), Use(down, down), Use(hidden, WORKSPACE_BYTES)
+    yield (Use(hidden + parts, WORKSPACE_BYTES),)
+    yield Use(parts or hidden, WORKSPACE_BYTES), Use(columns, columns)
+
+
+def plain_conv_stages(form: PlainForm, rank: int) -> Iterator[Stage]:
+    """Those of a plain stack beside a convolution: of one sample, or of as many as keep within a bound."""
+    hidden = form.hidden_bytes(rank)
+    yield (Use(hidden),)
+    yield (Use(hidden * MOST_SAMPLES, PLAIN_HIDDEN_BYTES),)
 
 
 def conv_stages(weight: EffectiveWeight, rank: int, cost: ProductCost) -> Iterator[Stage]:

@@ -3,6 +3,9 @@
 All low-rank terms that files put beside one layer are one stack: down [total rank, columns], one up per range
 of rows, and 2 · [total rank] fp32, in fp16 (`half`) or in the files' own types. Where these differ within a
 tensor, it is of the type that holds both: fp16 beside bf16 makes fp32.
+
+A stack of nothing else is plain where a card multiplies in the type of the activations (`plain`): its factors
+are of this type, in bf16 in two parts unless the files are bf16, and [total rank] fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 from lib_precision_lora.memory.architecture import Request
 from lib_precision_lora.memory.checkpoint import Layer
@@ -50,17 +54,23 @@ class Beside:
         self.placed.append((start, stop, new))
 
 
-def factor_sizes(layers: Iterable[LoraLayer], half: bool) -> tuple[int, ...]:
+Plain = Literal["F16", "BF16"]
+"""The type of the activations, where plain stacks are multiplied in it."""
+
+
+def factor_sizes(layers: Iterable[LoraLayer], half: bool, plain: Plain | None = None) -> tuple[int, ...]:
     """Every allocation of a patch set in bytes; layers: of all its files; half: the host computes in fp16."""
-    return tuple(size for beside in _beside(layers) for size in _footprint(beside, half).factors)
+    return tuple(size for beside in _beside(layers) for size in _footprint(beside, half, plain).factors)
 
 
-def workspace_bytes(layers: Iterable[LoraLayer], request: Request, half: bool) -> int:
+def workspace_bytes(
+    layers: Iterable[LoraLayer], request: Request, half: bool, plain: Plain | None = None
+) -> int:
     """What a forward of the branches takes beyond the base's own activations, at most: branches run one at
     a time. layers: as for `factor_sizes`; those of no known layer of the checkpoint do not run."""
     return max(
         (
-            _footprint(beside, half).workspace_bytes(_tokens(beside.layer, request))
+            _footprint(beside, half, plain).workspace_bytes(_tokens(beside.layer, request))
             for beside in _beside(layer for layer in layers if layer.place is not None)
             if beside.layer is not None
         ),
@@ -68,10 +78,14 @@ def workspace_bytes(layers: Iterable[LoraLayer], request: Request, half: bool) -
     )
 
 
-def layer_footprints(layers: Iterable[LoraLayer], half: bool) -> dict[str, HeaderFootprint]:
+def layer_footprints(
+    layers: Iterable[LoraLayer], half: bool, plain: Plain | None = None
+) -> dict[str, HeaderFootprint]:
     """The footprint of each layer of the checkpoint that the files are for, by its name."""
     return {
-        beside.layer.name: _footprint(beside, half) for beside in _beside(layers) if beside.layer is not None
+        beside.layer.name: _footprint(beside, half, plain)
+        for beside in _beside(layers)
+        if beside.layer is not None
     }
 
 
@@ -95,7 +109,9 @@ def _beside(layers: Iterable[LoraLayer]) -> Iterable[Beside]:
     return found.values()
 
 
-def _footprint(beside: Beside, half: bool) -> HeaderFootprint:
+def _footprint(beside: Beside, half: bool, plain: Plain | None) -> HeaderFootprint:
+    if plain is not None and beside.layer is not None and _is_plain(beside, beside.layer, plain):
+        return _plain_footprint(beside, beside.layer, plain)
     parts = [part for _, _, own in beside.placed for part in own.low_rank]
     rank = sum(part.rank for part in parts)
     sizes = [rank * FP32] * 2 if rank else []
@@ -135,6 +151,38 @@ def _footprint(beside: Beside, half: bool) -> HeaderFootprint:
         fixed_bytes=int(recast * copies_of_operand) + dense,
         position_bytes=load.position_bytes(layer.columns) if layer.kernel else 0,
     )
+
+
+def _is_plain(beside: Beside, layer: Layer, plain: Plain) -> bool:
+    """Whether nothing but a stack stands beside the layer, and is multiplied as it is; of convolutions, that
+    is so in fp16 alone."""
+    stacked = all(own == Terms(own.low_rank) and own.low_rank for _, _, own in beside.placed)
+    return stacked and bool(layer.columns) and (not layer.kernel or plain == "F16")
+
+
+def _plain_footprint(beside: Beside, layer: Layer, plain: Plain) -> HeaderFootprint:
+    """As `branch.plain_form.PlainForm` counts it."""
+    parts = [part for _, _, own in beside.placed for part in own.low_rank]
+    rank, element = sum(part.rank for part in parts), ELEMENT[plain]
+    split = plain == "BF16"
+    down_parts = max(_parts(part.down, plain) for part in parts)
+    up_parts = max(_parts(part.up, plain) for part in parts)
+    columns = 1 + up_parts if split else 1
+    sizes = [down_parts * rank * max(part.columns for part in parts) * element, rank * FP32]
+    sizes += [2 * element] if split else []
+    made = 0
+    for height, together in _up_blocks(beside):
+        count = height * sum(part.rank for part in together)
+        sizes.append(up_parts * count * element)
+        made = max(made, columns * count * element if split else 0)
+    if layer.kernel:
+        return HeaderFootprint(tuple(sizes), fixed_bytes=made, position_bytes=rank * element)
+    token_bytes = rank * (FP32 * down_parts + element * columns)
+    return HeaderFootprint(tuple(sizes), token_bytes=token_bytes, fixed_bytes=made)
+
+
+def _parts(stored: str, plain: Plain) -> int:
+    return 2 if plain == "BF16" and stored != plain else 1
 
 
 def _up_blocks(beside: Beside) -> Iterator[tuple[int, list[LowRank]]]:

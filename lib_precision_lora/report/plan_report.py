@@ -13,7 +13,7 @@ from lib_precision_lora.memory.budget import Plan, plan_budget
 from lib_precision_lora.memory.checkpoint import MODEL, Checkpoint, read_checkpoint
 from lib_precision_lora.memory.held import Storage
 from lib_precision_lora.memory.host_estimate import host_inference_bytes
-from lib_precision_lora.memory.lora_footprints import factor_sizes, workspace_bytes
+from lib_precision_lora.memory.lora_footprints import Plain, factor_sizes, workspace_bytes
 from lib_precision_lora.memory.lora_header import LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Places
 from lib_precision_lora.report.quantities import mebibytes
@@ -162,8 +162,11 @@ def make_plan(wish: Wish) -> PlanReport:
         wish.text_tokens or architecture.text_tokens,
     )
     half = wish.compute == "fp16" or (wish.compute == "auto" and architecture.half)
+    plain: Plain | None = None
+    if wish.compute == "auto" or (wish.compute == "fp16" and architecture.half):
+        plain = "F16" if architecture.half else "BF16"
     adapters = [layer for lora in loras for layer in lora.model]
-    sizes = factor_sizes(adapters, half)
+    sizes = factor_sizes(adapters, half, plain)
     inference = wish.inference_bytes
     if inference is None:
         inference = host_inference_bytes(wish.width, wish.height, wish.batch)
@@ -171,7 +174,7 @@ def make_plan(wish: Wish) -> PlanReport:
     budget = Budget(
         base_bytes=checkpoint.model.held_bytes(wish.storage),
         factor_bytes=sum(sizes),
-        workspace_bytes=workspace_bytes(adapters, request, half),
+        workspace_bytes=workspace_bytes(adapters, request, half, plain),
         inference_bytes=inference,
         margin_bytes=wish.margin_bytes,
         free_bytes=free,
@@ -182,7 +185,7 @@ def make_plan(wish: Wish) -> PlanReport:
         architecture=architecture,
         layout=checkpoint.layout,
         components=tuple(_component_rows(checkpoint, wish.storage)),
-        loras=tuple(_lora_row(lora, half) for lora in loras),
+        loras=tuple(_lora_row(lora, half, plain) for lora in loras),
         request=request,
         budget=budget,
         plan=plan_budget(**{**asdict(budget), "factor_bytes": sizes}),
@@ -197,7 +200,7 @@ def _component_rows(checkpoint: Checkpoint, storage: Storage) -> Iterator[Compon
         yield ComponentRow(name, component.stored, component.parameters, component.file_bytes, held)
 
 
-def _lora_row(lora: LoraHeader, half: bool) -> LoraRow:
+def _lora_row(lora: LoraHeader, half: bool, plain: Plain | None) -> LoraRow:
     return LoraRow(
         path=str(lora.path),
         file_bytes=lora.nbytes,
@@ -205,7 +208,7 @@ def _lora_row(lora: LoraHeader, half: bool) -> LoraRow:
         text_layers=len(lora.text),
         kinds=dict(Counter(layer.kind for layer in lora.model)),
         ranks=dict(sorted(Counter(layer.rank for layer in lora.model if layer.rank is not None).items())),
-        card_bytes=sum(factor_sizes(lora.model, half)),
+        card_bytes=sum(factor_sizes(lora.model, half, plain)),
         unmatched=lora.unmatched,
         unknown_keys=len(lora.unknown),
     )

@@ -126,7 +126,7 @@ def _comment(report: PlanReport, name: str) -> str:
     if name == "LoRA factors" and report.plan.streamed_bytes:
         return f"{mebibytes(report.plan.streamed_bytes)} more streamed"
     if name == "LoRA factors" and joined > 0:
-        return f"{mebibytes(joined)} of it because LoRAs that share layers are fp32 together"
+        return f"{mebibytes(joined)} of it because LoRAs that share layers take the widest type"
     return ""
 
 

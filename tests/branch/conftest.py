@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lib_precision_lora.branch import plain_form
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
@@ -14,3 +16,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["as a CPU", "as a card"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the CPU multiplies: as it does, or as a card whose build cannot sum half products into fp32."""
+    if request.param == "as a card":
+        monkeypatch.setattr(plain_form, "is_card", lambda device: True)
+    return str(request.param)

@@ -203,10 +203,10 @@ def test_a_change_of_strength_copies_nothing_to_the_device_again(name: str) -> N
     with PatchSession(model) as session:
         session.apply(items([adapter], (1.0,)))
         branch = session._attached["layer"].piece
-        before = branch.operands(model.x.to("meta"))
+        before = branch.operands(model.x.to("meta"), None)
         factors = held(session)
         session.apply(items([adapter], (0.5,)))
-        after = branch.operands(model.x.to("meta"))
+        after = branch.operands(model.x.to("meta"), None)
         assert session._attached["layer"].piece is branch
         assert after is not before
         assert held(session) == factors

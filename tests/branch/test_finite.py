@@ -15,6 +15,8 @@ from lib_precision_lora.storage import stored_weight
 from tests.branch.hosts import Holder
 from tests.branch.recipes import generator, noise
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 OUT, IN, RANK = 96, 64, 4
 MODES = ("auto", "fp16", "fp32")
 COMPUTE = pytest.mark.parametrize("compute", MODES)

@@ -14,6 +14,7 @@ from tests.branch.recipes import BASE_STD, generator, noise, recipe
 WIDTH, HEIGHT = 8, 12
 SIZES = {1: (40,), 2: (9, 11), 3: (4, 6, 5)}
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+pytestmark = pytest.mark.usefixtures("arithmetic")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = pytest.mark.parametrize("dtype", TYPES, ids=str)
 GEOMETRIES = {

@@ -16,6 +16,7 @@ from tests.oracles import allowed_error, merge, rounding_error, swap_halves
 from tests.storage.formats import VARIANTS, stored_variant
 
 OUT, IN = 48, 64
+pytestmark = pytest.mark.usefixtures("arithmetic")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = ("auto", "fp16", "fp32")
 ACTIVATIONS = pytest.mark.parametrize("dtype", TYPES, ids=str)

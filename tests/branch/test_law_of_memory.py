@@ -20,6 +20,8 @@ from tests.branch.measured_layers import Conv, Linear, Measured, measure
 from tests.families import BASE_STD, FAMILIES, INPUT_ROTATIONS, family
 from tests.storage.formats import stored_variant
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 MIB = 2**20
 OUT, IN = 512, 1024
 CHANNELS = 128, 160

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.adapters.target import Target
 from lib_precision_lora.adapters.terms import Dense
-from lib_precision_lora.branch import Compute, Patch, PatchSession
+from lib_precision_lora.branch import Compute, Patch, PatchSession, plain_form
 from lib_precision_lora.branch.footprint import Footprint
 from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer
 from lib_precision_lora.memory.header_footprint import HeaderFootprint
-from lib_precision_lora.memory.lora_footprints import factor_sizes, layer_footprints, workspace_bytes
+from lib_precision_lora.memory.lora_footprints import Plain, factor_sizes, layer_footprints, workspace_bytes
 from lib_precision_lora.memory.lora_header import LoraLayer, read_lora_header
 from lib_precision_lora.memory.naming import Place
 from tests.families import FAMILIES, family
 
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 CPU = torch.device("cpu")
 SHAPES = {"linear": (64, 96), "conv": (16, 32, 3, 3), "square": (32, 32), "wide": (8, 4, 3)}
 AXIS_UNTOLD = ("ia3-out", SHAPES["square"])
@@ -59,7 +60,12 @@ def headers(files: list[File], shape: tuple[int, ...], rows: list[tuple[int, int
 
 
 def attached(
-    files: list[File], shape: tuple[int, ...], rows: list[tuple[int, int]], compute: Compute
+    files: list[File],
+    shape: tuple[int, ...],
+    rows: list[tuple[int, int]],
+    compute: Compute,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Footprint, PatchSession, nn.Module]:
     """The footprint that a session tells of these files, and the session with them attached."""
     kind = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}[len(shape)]
@@ -71,7 +77,7 @@ def attached(
         part = None if (start, stop) == (0, shape[0]) else (start, stop - start)
         adapter = next(iter(read_adapters(tensors).values()))
         patches.append(Patch(f"file {number}", Target("layer.weight", part), adapter, 1.0))
-    footprint = session.footprints(patches, compute, CPU, torch.float32)["layer"]
+    footprint = session.footprints(patches, compute, device, dtype)["layer"]
     session.apply_patches(patches, compute)
     return footprint, session, layer
 
@@ -95,7 +101,7 @@ def made(session: PatchSession, layer: nn.Module, shape: tuple[int, ...]) -> int
     """Bytes that the branch holds for its device."""
     (here,) = session._attached.values()
     x = torch.ones(1, shape[1], *(5 for _ in shape[2:]))
-    operands, stack = here.piece.operands(x), here.piece._stack  # type: ignore[union-attr]
+    operands, stack = here.piece.operands(x, None), here.piece._stack  # type: ignore[union-attr]
     return sum(held_by((operands, stack), {}).values())
 
 
@@ -118,6 +124,27 @@ def test_a_header_tells_what_the_branch_of_every_family_takes(
     assert sorted(planned.factors) == sorted(told.factors)
     assert_same_workspace(planned, told)
     assert sum(planned.factors) == pytest.approx(made(session, layer, shape), abs=4 * sum(shape[:2]))
+
+
+@pytest.mark.parametrize(("plain", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+@pytest.mark.parametrize("types", [("F16",), ("BF16",), ("F32",), ("BF16", "F16"), ("BF16", "BF16", "F32")])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_header_tells_what_a_plain_stack_takes_on_a_card(
+    shape: tuple[int, ...],
+    types: tuple[str, ...],
+    plain: Plain,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plain_form, "sums_in_fp32", lambda device: True)
+    files = [{k: v.to(TYPES[t]) for k, v in of_family("lora", shape).items()} for t in types]
+    rows = [(0, shape[0])] * len(files)
+    adapters = headers(files, shape, rows, tmp_path)
+    planned = layer_footprints(adapters, dtype == torch.float16, plain)["layer"]
+    told, _, _ = attached(files, shape, rows, "auto", torch.device("cuda"), dtype)
+    assert sorted(planned.factors) == sorted(told.factors)
+    assert_same_workspace(planned, told)
 
 
 @pytest.mark.parametrize("compute", ["fp16", "fp32"])
