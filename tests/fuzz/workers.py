@@ -80,8 +80,8 @@ class _Worker:
         return None
 
     def _ended(self, sentence: str) -> Result:
-        index = int(self._index.value)
-        tried = max(0, index - self.job.start)
+        index = max(int(self._index.value), self.job.start)
+        tried = index - self.job.start
         fault = Found(self.job.target, self.job.seed, index, sentence)
         return Result(self.job.target, refused=tried, finished=False, faults=[fault])
 
