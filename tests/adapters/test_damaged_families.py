@@ -73,6 +73,23 @@ def test_nan_and_infinity_are_named_with_their_count(name: str, key: str, number
     assert_one_sentence(caught.value)
 
 
+@pytest.mark.parametrize(("name", "key"), VALUES)
+def test_a_factor_without_values_is_named_whichever_of_its_sizes_is_zero(name: str, key: str) -> None:
+    tensors = dict(family(name, SHAPE).tensors)
+    for axis in range(tensors[key].ndim):
+        empty = tensors[key].narrow(axis, 0, 0)
+        with pytest.raises(AdapterError, match=r"^block_7: \w+ has shape .* holds no values") as caught:
+            read(tensors | {key: empty})
+        assert_one_sentence(caught.value)
+
+
+def test_of_sizes_without_values_nothing_is_computed() -> None:
+    """So many butterfly stages would be a power of two of 2⁴⁰ digits."""
+    for shape in ((2**40, 0, 4, 4), (0, 4, 4, 4), (2, 4, 0, 0), (0, 4, 4)):
+        with pytest.raises(AdapterError, match="holds no values"):
+            read({"oft_blocks": torch.empty(shape)})
+
+
 @pytest.mark.parametrize("alpha", [torch.tensor(NAN), torch.tensor(INF), torch.ones(2)])
 @pytest.mark.parametrize("name", ["loha", "lokr-right", "glora", "dora-out", "oft-constraint", "boft"])
 def test_an_alpha_that_is_no_number_is_refused(name: str, alpha: Tensor) -> None:

@@ -88,6 +88,8 @@ _SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda tensor: tensor.reshape(-1, 1),
     lambda tensor: tensor.reshape(*(1,) * 8, -1),
     lambda tensor: tensor.repeat(2, *(1,) * (tensor.ndim - 1)) if tensor.ndim else tensor,
+    lambda tensor: torch.empty(2**40, 0, *(4,) * max(0, tensor.ndim - 2)),
+    lambda tensor: tensor[None].expand(2**10, *tensor.shape),
     _expand,
 )
 
