@@ -75,7 +75,7 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     else:
         first, second = _pair(name, parts, "lokr_w1_a", "lokr_w1_b")
         rank = second.shape[0]
-        left = multiply(first.float(), second.float())
+        left = multiply(first.float(), second.float().flatten(1))
     if "lokr_w2" in parts:
         right: tuple[Tensor, ...] = (parts["lokr_w2"],)
     else:
@@ -97,7 +97,7 @@ def _whole_scale(name: str, tensors: Mapping[str, Tensor]) -> float:
 def _pair(name: str, parts: Mapping[str, Tensor], outer: str, inner: str) -> tuple[Tensor, Tensor]:
     """The two factors of one side, [p, r] and [r, q, …], a core folded into the second."""
     require_parts(name, parts, outer, inner)
-    first, second = parts[outer], parts[inner]
+    first, second = parts[outer].flatten(1), parts[inner]
     if outer == "lokr_w2_a" and "lokr_t2" in parts:
         first, second = first.T.float(), fold_tucker_core(name, parts["lokr_t2"], second)
     if first.shape[1] != second.shape[0]:

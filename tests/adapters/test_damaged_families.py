@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters import AdapterError, read_adapters
+from lib_precision_lora.adapters import Adapter, AdapterError, read_adapters
+from lib_precision_lora.branch import EffectiveWeight
+from lib_precision_lora.storage import stored_weight
 from tests.families import FAMILIES, OUTPUT_ROTATIONS, family
 
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +40,7 @@ VALUES = [
 ]
 
 
-def read(tensors: dict[str, Tensor]) -> object:
+def read(tensors: dict[str, Tensor]) -> Adapter:
     return read_adapters({f"block_7.{key}": value for key, value in tensors.items()})["block_7"]
 
 
@@ -81,6 +83,31 @@ def test_a_factor_without_values_is_named_whichever_of_its_sizes_is_zero(name: s
         with pytest.raises(AdapterError, match=r"^block_7: \w+ has shape .* holds no values") as caught:
             read(tensors | {key: empty})
         assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [part for part in VALUES if part[0].startswith(("lora", "loha", "lokr", "glora"))]
+)
+def test_a_factor_with_a_kernel_of_one_is_the_matrix_that_it_means(name: str, key: str) -> None:
+    """Or it is refused: a core's kernel is the layer's."""
+    made = family(name, SHAPE)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    try:
+        adapter = read(dict(made.tensors) | {key: made.tensors[key][..., None, None]})
+    except AdapterError as error:
+        assert "_t" in key or "bm" in key
+        assert_one_sentence(error)
+        return
+    effective = EffectiveWeight.identity(stored_weight(weight)).apply(adapter)
+    delta = made.full(weight.double()) - weight
+    assert (effective.delta(torch.float64) - delta).norm() / delta.norm() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["dora-out", "dora-in", "loha-dora-out", "lokr-dora-in"])
+def test_a_dora_scale_that_is_one_number_fits_no_layer(name: str) -> None:
+    adapter = read(dict(family(name, SHAPE).tensors) | {"dora_scale": torch.tensor(1.0)})
+    with pytest.raises(AdapterError, match="dora_scale has 1 values, the layer has 16"):
+        adapter.check(SHAPE)
 
 
 def test_of_sizes_without_values_nothing_is_computed() -> None:

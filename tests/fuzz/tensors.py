@@ -89,7 +89,7 @@ _SHAPES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda tensor: tensor.reshape(*(1,) * 8, -1),
     lambda tensor: tensor.repeat(2, *(1,) * (tensor.ndim - 1)) if tensor.ndim else tensor,
     lambda tensor: torch.empty(2**40, 0, *(4,) * max(0, tensor.ndim - 2)),
-    lambda tensor: tensor[None].expand(2**10, *tensor.shape),
+    lambda tensor: tensor[None].expand(3, *tensor.shape),
     _expand,
 )
 

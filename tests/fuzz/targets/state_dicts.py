@@ -57,7 +57,7 @@ def make(random: Random) -> Input:
             "tensors": {prefix + key: tensor for key, tensor in tensors.items()},
             "metadata": metadata,
             "mapped": bool(prefix),
-            "strength": random.choice(STRENGTHS),
+            "strength": random.choice(STRENGTHS if random.random() < 0.3 else STRENGTHS[:6]),
             "compute": random.choice(("auto", "fp16", "fp32")),
             "dense": random.choice(("branch", "branch", "auto", "merge")),
             "dtype": random.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
