@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.fuzz.measure import RESET
 from tests.fuzz.run import Found, Result
 from tests.fuzz.target import MIB
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import INPUTS, target
 from tests.fuzz.workers import Job, results
 
 FOLDER = Path(".fuzz")
@@ -23,7 +23,7 @@ COLUMNS = ("target", "inputs", "accepted", "refused", "worst time", "at", "worst
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    names = options.target or list(TARGETS)
+    names = options.target or list(INPUTS)
     start = time.monotonic()
     found: list[Result] = []
     for result in results(_jobs(names, options, start), options.processes):
@@ -55,7 +55,7 @@ def _jobs(names: Sequence[str], options: argparse.Namespace, start: float) -> li
         if options.only is not None:
             jobs.append(Job(name, options.seed, options.only, options.only + 1, until))
             continue
-        total = options.inputs or TARGETS[name].inputs
+        total = options.inputs or INPUTS[name]
         edges = [total * part // options.processes for part in range(options.processes + 1)]
         jobs.extend(
             Job(name, options.seed, first, last, until) for first, last in pairwise(edges) if last > first
@@ -105,7 +105,7 @@ def _write(fault: Found) -> Path:
     """The fault, and the files of its input, beside each other."""
     folder = FOLDER / f"{fault.target}-{fault.seed}-{fault.index}"
     folder.mkdir(parents=True, exist_ok=True)
-    given = TARGETS[fault.target].input(fault.seed, fault.index)
+    given = target(fault.target).input(fault.seed, fault.index)
     text = f"{fault.command}\n{fault.sentence}\n\n{fault.trace}\n{given.rest!r}\n"
     (folder / "fault.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
     for name, content in given.files.items():
@@ -120,7 +120,7 @@ def say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="this one alone; may be repeated")
+    parser.add_argument("--target", action="append", choices=INPUTS, help="this one alone; may be repeated")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--inputs", type=int, help="of each target (default: each its own number)")
     parser.add_argument("--only", type=int, metavar="INDEX", help="this input alone, as a fault names it")

@@ -33,14 +33,13 @@ class Target:
     """One kind of input.
 
     make: the same input for the same state of the random numbers; opened: what checks inputs, in a folder
-    that is the current one and holds nothing else; inputs: of a whole run; seconds: of the processor, and
-    nbytes: of memory beyond that before, that one input may take.
+    that is the current one and holds nothing else; seconds: of the processor, and nbytes: of memory beyond
+    that before, that one input may take.
     """
 
     name: str
     make: Callable[[Random], Input]
     opened: Callable[[Path], AbstractContextManager[Check]]
-    inputs: int
     seconds: float = 2.0
     nbytes: int = 64 * MIB
 

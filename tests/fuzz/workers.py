@@ -14,7 +14,7 @@ from typing import Any
 from tests.fuzz.measure import PATIENCE, STATUS
 from tests.fuzz.run import Found, Result, run
 from tests.fuzz.target import MIB
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import target
 
 ROOM = 4096 * MIB
 """Address space beyond that of the start: what asks for more fails, before the machine runs out of it."""
@@ -96,8 +96,7 @@ def _work(job: Job, index: Any, sender: Connection) -> None:
     def tell(number: int) -> None:
         index.value = number
 
-    target = TARGETS[job.target]
-    sender.send(run(target, job.seed, range(job.start, job.stop), job.until, tell))
+    sender.send(run(target(job.target), job.seed, range(job.start, job.stop), job.until, tell))
     sender.close()
 
 

@@ -109,4 +109,4 @@ def opened(folder: Path) -> Iterator[Check]:
     yield check
 
 
-TARGET = Target("gguf", make, opened, inputs=4000)
+TARGET = Target("gguf", make, opened)

@@ -264,4 +264,4 @@ def opened(folder: Path) -> Iterator[Check]:
     yield check
 
 
-TARGET = Target("pickles", make, opened, inputs=5000)
+TARGET = Target("pickles", make, opened)

@@ -219,4 +219,4 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-TARGET = Target("safetensors", make, opened, inputs=5000)
+TARGET = Target("safetensors", make, opened)

@@ -132,4 +132,4 @@ def _tame(asked: dict[str, Any]) -> bool:
     )
 
 
-TARGET = Target("state-dicts", make, opened, inputs=4000)
+TARGET = Target("state_dicts", make, opened)
