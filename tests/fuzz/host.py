@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import lib_precision_lora.report.demo.quiet_bitsandbytes  # noqa: F401  before tests import it
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.settings import register_settings
 from tests.containers.hostile import RUNNING

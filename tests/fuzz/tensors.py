@@ -50,7 +50,7 @@ def _retype_all(random: Random, tensors: Tensors) -> None:
 def _poison(random: Random, tensors: Tensors) -> None:
     """One value, or all of them."""
     key = random.choice(list(tensors))
-    tensor, value = tensors[key].to(torch.float64).clone(), random.choice(VALUES)
+    tensor, value = tensors[key].to(torch.float64).contiguous().clone(), random.choice(VALUES)
     if tensor.numel():
         flat = tensor.view(-1)
         flat[random.randrange(flat.numel()) if random.random() < 0.7 else slice(None)] = value

@@ -112,14 +112,44 @@ def make(random: Random) -> Input:
 
 
 def _saved(random: Random, value: Any) -> bytes:
+    protocol = random.randint(2, 5)
+    if random.random() < 0.4:
+        return _saved_as_of_old(value, protocol)
     buffer = io.BytesIO()
-    torch.save(
-        value,
-        buffer,
-        _use_new_zipfile_serialization=random.random() < 0.6,
-        pickle_protocol=random.randint(2, 5),
-    )
+    torch.save(value, buffer, pickle_protocol=protocol)
     return buffer.getvalue()
+
+
+def _saved_as_of_old(value: Any, protocol: int) -> bytes:
+    """As torch before 1.6, with numbers for keys: those of torch are places in memory, never the same."""
+    storages: dict[int, tuple[str, int, torch.UntypedStorage]] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, torch.storage.TypedStorage):
+                kind, untyped, count = (
+                    getattr(torch, obj._pickle_storage_type()),
+                    obj._untyped_storage,
+                    obj._size(),
+                )
+            elif isinstance(obj, torch.UntypedStorage):
+                kind, untyped, count = torch.UntypedStorage, obj, obj.nbytes()
+            else:
+                return None
+            key = storages.setdefault(untyped.data_ptr(), (str(len(storages)), count, untyped))[0]
+            return "storage", kind, key, "cpu", count, None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol).dump(value)
+    parts = [*_head(1001, True), buffer.getvalue(), pickle.dumps([key for key, _, _ in storages.values()], 2)]
+    parts += [struct.pack("<q", count) + bytes(storage.tolist()) for _, count, storage in storages.values()]
+    return b"".join(parts)
+
+
+def _head(version: int, little: bool) -> list[bytes]:
+    """The first three pickles of a file in the older form."""
+    system = {"protocol_version": 1001, "little_endian": little, "type_sizes": {}}
+    return [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, version, system)]
 
 
 def _state_dict(random: Random) -> Any:
@@ -220,12 +250,10 @@ def _packed(random: Random, program: bytes) -> bytes:
     if kind < 0.6:
         return _zipped(random, program)
     if kind < 0.9:
-        system = {"protocol_version": 1001, "little_endian": random.random() < 0.95, "type_sizes": {}}
-        head = (0x1950A86A20F9469CFC6C, 1001 if random.random() < 0.95 else 7, system)
+        head = _head(1001 if random.random() < 0.95 else 7, random.random() < 0.95)
         keys = random.choice((["0"], [], ["0", "0"], ["0", "1"], [1], "0"))
         storage = random.choice((16, *LENGTHS)).to_bytes(8, "little") + bytes(64)
-        pickles = (*(pickle.dumps(part, 2) for part in head), program, pickle.dumps(keys, 2))
-        return b"".join((*pickles, storage))
+        return b"".join((*head, program, pickle.dumps(keys, 2), storage))
     return program
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lib_precision_lora.report.demo.quiet_bitsandbytes  # noqa: F401  before tests import it
 from lib_precision_lora.adapters import AdapterError, read_adapters
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.plain_text import sentence
