@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,21 @@ def test_a_factor_with_a_kernel_of_one_is_the_matrix_that_it_means(name: str, ke
     assert (effective.delta(torch.float64) - delta).norm() / delta.norm() < 1e-6
 
 
+@pytest.mark.parametrize(("right", "fits"), [((4, 1, 3, 3), True), ((4, 9), True), ((4, 3), False)])
+def test_a_kernel_that_the_right_factor_of_a_lokr_does_not_have_fits_no_convolution(
+    right: tuple[int, ...], fits: bool
+) -> None:
+    """Its columns alone are as many: [1, 9] ⊗ [4, 3] is no kernel of 3 × 3 over three channels."""
+    left = torch.ones(1, 27 // math.prod(right[1:]))
+    adapter = read({"lokr_w1": left, "lokr_w2": torch.ones(right)})
+    if fits:
+        adapter.check((4, 3, 3, 3))
+        return
+    with pytest.raises(AdapterError, match="right factor has 3 columns, which the layer's kernel of 9"):
+        adapter.check((4, 3, 3, 3))
+    adapter.check((4, 27))
+
+
 @pytest.mark.parametrize("name", ["dora-out", "dora-in", "loha-dora-out", "lokr-dora-in"])
 def test_a_dora_scale_that_is_one_number_fits_no_layer(name: str) -> None:
     adapter = read(dict(family(name, SHAPE).tensors) | {"dora_scale": torch.tensor(1.0)})
@@ -147,6 +164,11 @@ DAMAGED = {
     "lokr right": ("lokr-right", {"lokr_w2_a": torch.ones(4, 3)}, r"lokr_w2_a \[4, 3\], lokr_w2_b \[2, 3\]"),
     "lokr core": ("lokr-tucker", {"lokr_t2": torch.ones(2, 5, 1)}, r"\[2, 5, 1\]"),
     "lokr core beside w2_a": ("lokr-tucker", {"lokr_w2_a": torch.ones(3, 4)}, "lokr_w2_a"),
+    "lokr with a kernel on the left": (
+        "lokr-full",
+        {"lokr_w1": torch.ones(4, 4, 3, 3)},
+        r"lokr_w1 has shape \[4, 4, 3, 3\], and a kernel belongs to the right factor",
+    ),
     "lokr of vectors": ("lokr-full", {"lokr_w1": torch.ones(4)}, r"\[4\]"),
     "glora": ("glora", {"a2.weight": torch.ones(2, 12)}, r"factors do not meet .*a2 \[2, 12\]"),
     "glora of vectors": ("glora", {"a1.weight": torch.ones(12)}, r"a1 has shape \[12\]"),

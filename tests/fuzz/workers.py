@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -89,6 +90,7 @@ class _Worker:
 def _work(job: Job, index: Any, sender: Connection) -> None:
     import torch
 
+    warnings.simplefilter("ignore")  # of casts, which inputs are made with
     torch.set_num_threads(1)
     if STATUS.exists():
         limit_memory()
