@@ -126,13 +126,13 @@ def _tensors(random: Random) -> tuple[dict[str, Any], bytes]:
         data += values
     if random.random() < 0.4:
         header["__metadata__"] = {
-            random.choice(METADATA): random.choice((_configuration(random), encodable(name(random)), "16"))
+            random.choice(METADATA): random.choice((configuration(random), encodable(name(random)), "16"))
             for _ in range(random.randint(1, 4))
         }
     return header, data
 
 
-def _configuration(random: Random) -> str:
+def configuration(random: Random) -> str:
     """What a header may say of ranks and alphas: read as JSON once more."""
     values: tuple[Any, ...] = (
         8,

@@ -19,7 +19,7 @@ from lib_precision_lora.plain_text import sentence
 from tests.branch.hosts import IDS, IMAGE, SHAPES, Mixed, hooks_of, image_of
 from tests.families import FAMILIES, INPUT_ROTATIONS, family
 from tests.fuzz.target import Check, Fault, Input, Target
-from tests.fuzz.targets.safetensors import METADATA, _configuration
+from tests.fuzz.targets.safetensors import METADATA, configuration
 from tests.fuzz.tensors import Tensors, change
 from tests.fuzz.texts import check_said
 
@@ -51,7 +51,7 @@ def make(random: Random) -> Input:
         change(random, tensors)
     metadata = {}
     if random.random() < 0.3:
-        metadata = {random.choice(METADATA): _configuration(random) for _ in range(random.randint(1, 3))}
+        metadata = {random.choice(METADATA): configuration(random) for _ in range(random.randint(1, 3))}
     prefix = random.choice(("", "", "", *PREFIXES))
     return Input(
         rest={
