@@ -56,6 +56,16 @@ def test_an_alpha_beyond_fp32_is_refused_where_it_is_attached(alpha: float, stre
     require_refused(a_layer(), file, strength, r"file: layer layer\.weight: ")
 
 
+@pytest.mark.parametrize("shape", [(OUT, 1), (1, IN)], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("alpha", [1e160, 1e300])
+def test_an_alpha_beyond_fp32_is_refused_beside_a_magnitude_whose_norm_it_is_in(
+    shape: tuple[int, int], alpha: float
+) -> None:
+    scale = {"layer.alpha": torch.tensor(alpha, dtype=torch.float64), "layer.dora_scale": torch.ones(shape)}
+    file = read_adapters({**tensors(), **scale}, None)
+    require_refused(a_layer(), file, 1.0, r"file: layer layer\.weight: ")
+
+
 @pytest.mark.parametrize("role", ["lora_up", "lora_down"])
 def test_a_factor_in_fp64_that_fp32_does_not_hold_is_refused(role: str) -> None:
     damaged = tensors(dtype=torch.float64)
