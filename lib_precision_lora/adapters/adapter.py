@@ -59,7 +59,7 @@ def require_finite(name: str, **tensors: Tensor | None) -> None:
     A finite fp64 value beyond fp32 is inf to all that is computed with it.
     """
     for role, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (not tensor.is_complex() and largest_size(tensor) <= LARGEST):  # NaN is not
             continue
         finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
         if not finite.all():
@@ -69,6 +69,14 @@ def require_finite(name: str, **tensors: Tensor | None) -> None:
                 f"{name}: {role} holds {count} {what} of {tensor.numel()}; "
                 "the file is damaged or its training diverged, use another epoch of it"
             )
+
+
+def largest_size(tensor: Tensor) -> float:
+    """`max |t|` of real numbers, in one pass that makes no other tensor; 0 of none, NaN where one is NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (float(end) for end in tensor.aminmax())
+    return max(-low, high) if low == low else low
 
 
 def require_number(what: str, number: float) -> None:

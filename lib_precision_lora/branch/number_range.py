@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, require_number
+from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, largest_size, require_number
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Step
 
@@ -49,5 +49,5 @@ def largest_element(factors: Factors) -> float:
     product = 1.0
     for tensor in factors.tensors():
         if tensor.numel():
-            product *= float(tensor.abs().amax())
+            product *= largest_size(tensor)
     return product
