@@ -46,7 +46,8 @@ def low_rank(steps: Sequence[object]) -> list[Add]:
 
 def column_scales(additions: Sequence[Add]) -> Tensor:
     """The scale of each column of their stack, [total rank] fp32."""
-    return torch.cat([torch.full((rank_of(step),), step.scale, dtype=torch.float32) for step in additions])
+    scales = [step.scale for step in additions for _ in range(rank_of(step))]
+    return torch.tensor(scales, dtype=torch.float32)
 
 
 def build_stack(
