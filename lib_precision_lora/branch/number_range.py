@@ -13,6 +13,7 @@ from torch import Tensor
 from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, largest_size, require_number
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Step
+from lib_precision_lora.branch.memo import Memo
 
 
 class Factors(Protocol):
@@ -42,6 +43,13 @@ def require_range(step: Step, largest: Callable[[Factors], float]) -> None:
             raise AdapterError(
                 "it scales or turns the weight by numbers that fp32 does not hold: use another epoch of it"
             )
+
+
+def bound_of(memo: Memo, factors: Factors) -> float:
+    """A bound of the elements of a term or an operator, looked for once: the product of the largest one of
+    each of its tensors."""
+    key = "largest", tuple(id(tensor) for tensor in factors.tensors())
+    return memo.recall(key, factors, lambda: largest_element(factors))
 
 
 def largest_element(factors: Factors) -> float:
