@@ -27,6 +27,9 @@ from lib_precision_lora.branch.sites import module_at
 from lib_precision_lora.branch.undo import Undo, run_back
 from lib_precision_lora.ticks import Steps, Tick
 
+ADDITIVE = (LoRA, LoHa, LoKr)
+"""Adapters whose every strength adds the same term, so many times."""
+
 Exchange = tuple[str, WeightBranch, tuple[Add, ...]]
 """A module's name, what stands there, and the steps that it is to have."""
 
@@ -103,7 +106,7 @@ def _differs_in_strength_at_most(was: Patch, patch: Patch) -> bool:
         and was.base_factor == patch.base_factor == 1.0
         and not (was.widens or patch.widens)
         and (was.strength == 0.0) == (patch.strength == 0.0)
-        and isinstance(patch.adapter, (LoRA, LoHa, LoKr))
+        and isinstance(patch.adapter, ADDITIVE)
     )
 
 
@@ -115,7 +118,7 @@ def _steps(branch: WeightBranch, stack: Sequence[tuple[Patch, Patch]], memo: Mem
     steps = []
     for step, (was, patch) in zip(branch.steps, stack, strict=True):
         adapter = patch.adapter
-        assert isinstance(adapter, (LoRA, LoHa, LoKr))
+        assert isinstance(adapter, ADDITIVE)
         if not isinstance(step, Add) or step.scale != was.strength * adapter.scale:
             return None
         if was.strength != patch.strength:
