@@ -53,13 +53,18 @@ LARGEST = torch.finfo(torch.float32).max
 """The largest number that the arithmetic of a branch can hold, about 3.4e38."""
 
 
-def require_finite(name: str, **tensors: Tensor | None) -> None:
-    """Raise `AdapterError` if a factor holds NaN or inf: the sum would spread it over the whole image.
+def require_finite(name: str, **tensors: Tensor | None) -> tuple[float, ...]:
+    """The largest absolute element of each factor that is there, 0 of a complex one.
 
-    A finite fp64 value beyond fp32 is inf to all that is computed with it.
+    Raises `AdapterError` if one holds NaN or inf: the sum would spread it over the whole image. A finite fp64
+    value beyond fp32 is inf to all that is computed with it.
     """
+    sizes: list[float] = []
     for role, tensor in tensors.items():
-        if tensor is None or (not tensor.is_complex() and largest_size(tensor) <= LARGEST):  # NaN is not
+        if tensor is None:
+            continue
+        sizes.append(0.0 if tensor.is_complex() else largest_size(tensor))
+        if sizes[-1] <= LARGEST and not tensor.is_complex():  # NaN is not
             continue
         finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
         if not finite.all():
@@ -69,6 +74,7 @@ def require_finite(name: str, **tensors: Tensor | None) -> None:
                 f"{name}: {role} holds {count} {what} of {tensor.numel()}; "
                 "the file is damaged or its training diverged, use another epoch of it"
             )
+    return tuple(sizes)
 
 
 def largest_size(tensor: Tensor) -> float:

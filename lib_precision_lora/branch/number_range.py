@@ -5,6 +5,7 @@ A strength of 1e39 is a finite number to Python and inf to a tensor, and so is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, largest_size, require_number
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Step
+from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.memo import Memo
 
 
@@ -54,6 +56,8 @@ def bound_of(memo: Memo, factors: Factors) -> float:
 
 def largest_element(factors: Factors) -> float:
     """The product of the largest absolute element of each tensor."""
+    if isinstance(factors, LowRank) and factors.sizes is not None:
+        return math.prod(factors.sizes)
     product = 1.0
     for tensor in factors.tensors():
         if tensor.numel():
