@@ -75,7 +75,9 @@ class EffectiveWeight:
         result = self
         for step in adapter.compose(self.running(start, length), strength):
             require_range(step, self.largest)
-            result = result.then(dataclasses.replace(step, start=step.start + start, stop=step.stop + start))
+            if start:
+                step = dataclasses.replace(step, start=step.start + start, stop=step.stop + start)
+            result = result.then(step)
         return result
 
     def largest(self, factors: Factors) -> float:

@@ -50,14 +50,14 @@ def require_range(step: Step, largest: Callable[[Factors], float]) -> None:
 def bound_of(memo: Memo, factors: Factors) -> float:
     """A bound of the elements of a term or an operator, looked for once: the product of the largest one of
     each of its tensors."""
+    if isinstance(factors, LowRank) and factors.sizes is not None:
+        return math.prod(factors.sizes)
     key = "largest", tuple(id(tensor) for tensor in factors.tensors())
     return memo.recall(key, factors, lambda: largest_element(factors))
 
 
 def largest_element(factors: Factors) -> float:
     """The product of the largest absolute element of each tensor."""
-    if isinstance(factors, LowRank) and factors.sizes is not None:
-        return math.prod(factors.sizes)
     product = 1.0
     for tensor in factors.tensors():
         if tensor.numel():

@@ -46,6 +46,8 @@ def low_rank(steps: Sequence[object]) -> list[Add]:
 
 def column_scales(additions: Sequence[Add]) -> Tensor:
     """The scale of each column of their stack, [total rank] fp32."""
+    if len(additions) == 1:
+        return torch.full((rank_of(additions[0]),), additions[0].scale, dtype=torch.float32)
     scales = [step.scale for step in additions for _ in range(rank_of(step))]
     return torch.tensor(scales, dtype=torch.float32)
 
