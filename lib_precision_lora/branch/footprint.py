@@ -168,9 +168,8 @@ def weight_footprint(
         size = token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost, reduced=reduced)
         stages = [linear_stage(size)]
     if turning is not None:
-        channels, element = weight.stored.shape[1], arithmetic.dtype.itemsize
         added = stages if adds or reduced else []
-        stages = list(turned_input_stages(channels, turns, cost, element, added))
+        stages = list(turned_input_stages(weight.stored.shape[1], turns, arithmetic, cost, added))
     reads = _reads(weight)
     return Footprint(
         tuple(size for size, _ in sizes),

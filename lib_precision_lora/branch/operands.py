@@ -294,7 +294,7 @@ class WeightBranch:
         cost = ProductCost.of(product, device, self.convolution)
         before, beside = None, self.pieces
         if turning is not None:
-            before = input_turns(turns_of_all_rows(self.pieces), self.channels, turning, cost)
+            before = input_turns(turns_of_all_rows(self.pieces), self.channels, turning, cost, device)
             before = dataclasses.replace(before, turns=copies.turns(before.turns))
             beside = (Piece(0, self.rows),)
         turned = any(piece.turns for piece in beside)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import (
+    Arithmetic,
     mixing,
     operator_copies,
     token_bytes,
@@ -30,7 +31,7 @@ from lib_precision_lora.branch.chunks import (
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES, WIDENED_BYTES, PlainForm
 from lib_precision_lora.branch.product_cost import Copies, ProductCost
-from lib_precision_lora.branch.turned_input import Turning
+from lib_precision_lora.branch.turned_input import Turning, block_bytes
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 
@@ -84,14 +85,14 @@ def plain_conv_stages(form: PlainForm, rank: int) -> Iterator[Stage]:
 
 
 def turned_input_stages(
-    inputs: int, turns: Sequence[Turn], cost: ProductCost, element: int, beside: Sequence[Stage]
+    inputs: int, turns: Sequence[Turn], arithmetic: Arithmetic, cost: ProductCost, beside: Sequence[Stage]
 ) -> Iterator[Stage]:
-    """Those of a module that is given its input turned. inputs: channels; element: bytes of one number.
+    """Those of a module that is given its input turned. inputs: channels; cost: of the module's products.
 
     beside: those of what is added to its output, while the turned input is still there.
     """
-    given = Use(element * inputs)
-    yield given, Use(FP32 * inputs * turning_copies(turns, cost), WORKSPACE_BYTES)
+    given = Use(arithmetic.dtype.itemsize * inputs)
+    yield given, Use(FP32 * inputs * turning_copies(turns, cost), block_bytes(arithmetic.device))
     for stage in beside:
         yield given, *stage
 

@@ -23,7 +23,7 @@ from lib_precision_lora.branch.chunks import turning_copies
 from lib_precision_lora.branch.effective import Piece
 from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.token_chunks import token_chunks
-from lib_precision_lora.memory.chunks import FP32, token_count
+from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 Ready = TypeVar("Ready")
 
@@ -32,18 +32,20 @@ Turning = Literal["whole", "reduced"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
+CACHED_BYTES = 2 * 2**20
+
 LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputTurns:
-    """What turns the module's input, on its device. token_bytes: what one token takes meanwhile.
+    """What turns the module's input, on its device. tokens: so many at a time.
 
     growth: a bound of `|R x| / |x|` by largest elements, of an input that is reduced; else None.
     """
 
     turns: tuple[Turn, ...]
-    token_bytes: int
+    tokens: int
     growth: float | None
 
     def apply(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor | None]:
@@ -54,7 +56,7 @@ class InputTurns:
         size = None if self.growth is None else reduction(x, self.growth)
         made = torch.empty_like(x)
         seen, given = made.movedim(axis, -1), x.movedim(axis, -1)
-        for x_chunk, chunk in token_chunks(given, seen, token_count(self.token_bytes)):
+        for x_chunk, chunk in token_chunks(given, seen, self.tokens):
             _turn_into(chunk, x_chunk, self.turns, size)
         return made, size
 
@@ -91,11 +93,18 @@ def turning_for(
     return "reduced" if dtype == torch.float16 else "whole"
 
 
-def input_turns(turns: Sequence[Turn], columns: int, turning: Turning, cost: ProductCost) -> InputTurns:
+def block_bytes(device: torch.device) -> int:
+    """What turning a block of tokens takes, at most; on a CPU so little that its caches hold it."""
+    return CACHED_BYTES if device.type == "cpu" else WORKSPACE_BYTES
+
+
+def input_turns(
+    turns: Sequence[Turn], columns: int, turning: Turning, cost: ProductCost, device: torch.device
+) -> InputTurns:
     """columns: of the weight, or the channels of a convolution."""
-    size = int(FP32 * columns * turning_copies(turns, cost))
+    tokens = max(1, block_bytes(device) // int(FP32 * columns * turning_copies(turns, cost)))
     growth = math.prod(1.0 + abs(factor) * row_sum(operator) for operator, factor in turns)
-    return InputTurns(tuple(turns), size, growth if turning == "reduced" else None)
+    return InputTurns(tuple(turns), tokens, growth if turning == "reduced" else None)
 
 
 def reduction(x: Tensor, growth: float) -> Tensor:

@@ -192,7 +192,7 @@ def test_inputs_of_any_number_of_axes(shape: tuple[int, ...]) -> None:
 
 
 def test_inputs_that_are_not_contiguous_and_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_precision_lora.memory.chunks.WORKSPACE_BYTES", 16 * 1024)
+    monkeypatch.setattr(turned_input, "CACHED_BYTES", 32 * 1024)
     x = tokens(torch.float32, 3, 5, 7)
     for view in (
         x,
