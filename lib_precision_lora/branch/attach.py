@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from lib_precision_lora.branch.overhead import OverheadMeter
 from lib_precision_lora.branch.rescue import Rescue, beside
 from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.undo import Undo, run_all
+from lib_precision_lora.branch.wide_input import with_input
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +52,9 @@ def attach(module: nn.Module, piece: Piece, meter: OverheadMeter, rescue: Rescue
             return meter.timed(wide_input.narrow, *given)
 
         handles.append(module.register_forward_pre_hook(narrow, with_kwargs=True))
+    elif piece.turns_inputs:
+        turn = _turn(piece, meter, rescue, name)
+        handles.append(module.register_forward_pre_hook(turn, with_kwargs=True))
 
     def detach() -> None:
         for handle in handles:
@@ -78,14 +85,38 @@ def put_back_parameters(attached: dict[str, Attached]) -> None:
 def _hook(branch: Branch, meter: OverheadMeter, rescue: Rescue, name: str) -> Callable[..., Tensor]:
     def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
+        given = x
         if branch.wide_input is not None:
             x = branch.wide_input.take()
+        elif branch.given is not None:
+            x = branch.given
         if torch.compiler.is_compiling() or rescue.listener is None:
             return meter.timed(beside, branch, module, x, output)
         try:
             return meter.timed(beside, branch, module, x, output)
         except Exception as error:  # noqa: BLE001  a device can fail in any way
-            return rescue.output(name, module, x, lambda: module.forward(*args, **kwargs), error)
+            own = args, kwargs
+            if branch.wide_input is None and x is not given:
+                own = with_input(x, args, kwargs)
+            return rescue.output(name, module, x, lambda: module.forward(*own[0], **own[1]), error)
+
+    return run
+
+
+def _turn(branch: Branch, meter: OverheadMeter, rescue: Rescue, name: str) -> Callable[..., Any]:
+    """A forward pre-hook: the module's first argument becomes the turned one, in a tensor of its own."""
+
+    def run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling() or rescue.listener is None:
+            turned = meter.timed(branch.turned, x)
+        else:
+            try:
+                turned = meter.timed(branch.turned, x)
+            except Exception as error:  # noqa: BLE001  a device can fail in any way
+                logger.warning("layer %s: its input is turned in a second pass instead: %s", name, error)
+                return None
+        return None if turned is None else with_input(turned, args, kwargs)
 
     return run
 

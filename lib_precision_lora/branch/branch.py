@@ -13,10 +13,23 @@ from lib_precision_lora.branch.wide_input import WideInput
 class Branch(Protocol):
     """What runs after a module's forward: `y + branch(x)`, in y's memory where that allows.
 
-    wide_input: what stands before the module's forward where its input is widened.
+    wide_input: what stands before the module's forward where its input is widened. turns_inputs: whether
+    `turned` may be asked for the module's input.
     """
 
     wide_input: WideInput | None
+
+    @property
+    def turns_inputs(self) -> bool: ...
+
+    @property
+    def given(self) -> Tensor | None:
+        """What stood in the place of the module's input that was turned, if it was."""
+        ...
+
+    def turned(self, x: Tensor) -> Tensor | None:
+        """What the module is to be given instead of x; None where that is x."""
+        ...
 
     def __call__(self, module: Any, x: Tensor, y: Tensor) -> Tensor: ...
 

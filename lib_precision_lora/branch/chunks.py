@@ -72,11 +72,13 @@ def token_bytes(
     turns: Iterable[Turn],
     cost: ProductCost,
     convolution: bool = False,
+    reduced: bool = False,
 ) -> int:
     """Bytes that one token takes in the forward of a linear branch, next to others of its chunk.
 
     turns: those of the module's input; cost: of its products; convolution: one position in that of a
-    convolution, next to what is made for all positions at once.
+    convolution, next to what is made for all positions at once; reduced: the module's input was, so that the
+    output is treated in fp32.
     """
     columns, stack = list(turns), cost.stack
     hidden = 0.0 if convolution else inputs * stack.operand + rank * stack.result
@@ -85,7 +87,7 @@ def token_bytes(
         additions += outputs * stack.result
     lefts = [step.operator for step in steps if isinstance(step, Left)]
     numbers = max(hidden, additions)
-    if lefts or columns:
+    if lefts or columns or reduced:
         turning = max((operator_copies(operator, cost) for operator in lefts), default=0.0) * outputs
         numbers = outputs + max(numbers, turning)
     if columns and not convolution:
@@ -125,6 +127,11 @@ def turned_copies(turns: Sequence[Turn], cost: ProductCost) -> float:
     if not turns:
         return 0.0
     return cost.cast + 2.0 + max(operator_copies(operator, cost) for operator, _ in turns)
+
+
+def turning_copies(turns: Sequence[Turn], cost: ProductCost) -> float:
+    """Copies of an input that turning it in place makes: itself in fp32, and the operators'."""
+    return 1.0 + max(operator_copies(operator, cost) for operator, _ in turns)
 
 
 def operator_copies(operator: Operator, cost: ProductCost) -> float:

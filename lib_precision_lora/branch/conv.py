@@ -5,6 +5,7 @@ Where inputs are rotated among positions of the kernel, `patches.PatchInput` sta
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,6 +25,7 @@ from lib_precision_lora.branch.plain import PlainStack
 from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES
 from lib_precision_lora.branch.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.rows import add_rows
+from lib_precision_lora.branch.turned_input import InputTurns
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import WORKSPACE_BYTES, token_count
 
@@ -43,10 +45,14 @@ class ConvBranch(WeightBranch):
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         super().__init__(weight, bias, compute)
         self._by_patch = any(operator.mixes for operator, _ in input_turns(weight))
+        self.before = not self._by_patch
+        self._spatial = len(weight.stored.shape) - 2
 
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where its layout allows; x: [B, in, …] or [in, …], y alike."""
         operands = self.operands(x, y if module.groups == 1 else None)
+        if isinstance(operands, Operands) and operands.is_empty:
+            return y
         spatial = len(module.kernel_size)
         y = y if _positions_are_flat(y, spatial) else y.contiguous()
         if isinstance(operands, PlainStack):
@@ -58,6 +64,12 @@ class ConvBranch(WeightBranch):
             for index in range(x.shape[0]):
                 self._add(module, operands, x[index], y[index])
         return y
+
+    def _turn(self, before: InputTurns, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        turns = tuple((channelwise(operator, self.channels), factor) for operator, factor in before.turns)
+        x = x if _positions_are_flat(x, self._spatial) else x.contiguous()
+        made, size = dataclasses.replace(before, turns=turns).apply(x.flatten(-self._spatial), -2)
+        return made.view(x.shape), size
 
     def _add(self, module: Conv, operands: Operands, x: Tensor, y: Tensor) -> None:
         """One sample, in place; x: [in, …], y: [out, …]."""

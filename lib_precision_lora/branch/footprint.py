@@ -25,12 +25,15 @@ from lib_precision_lora.branch.stack import are_neighbours, low_rank, rank_of
 from lib_precision_lora.branch.stages import (
     Stage,
     Use,
+    all_turns,
     conv_stages,
     largest,
     linear_stage,
     plain_conv_stages,
     plain_stages,
+    turned_input_stages,
 )
+from lib_precision_lora.branch.turned_input import Turning, turning_for
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
 
@@ -93,7 +96,7 @@ def footprints(
             bias = f"{path}.bias" in weights
             form = None if bias else _plain_form(site, weight, arithmetic)
             footprint = (
-                weight_footprint(weight, site.kind, arithmetic)
+                weight_footprint(weight, site.kind, arithmetic, bias)
                 if form is None
                 else plain_footprint(weight, form, site.kind == "conv")
             )
@@ -144,8 +147,10 @@ def embedding_footprint(weight: EffectiveWeight) -> Footprint:
     return Footprint(stages=((Use(2 * FP32 * copies * width),),), fixed_bytes=fixed)
 
 
-def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic) -> Footprint:
-    """The branch of a linear, conv or embedding weight; weight: may be a sketch."""
+def weight_footprint(
+    weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic, bias: bool = False
+) -> Footprint:
+    """The branch of a linear, conv or embedding weight; weight: may be a sketch; bias: it changes, too."""
     if kind == "embedding":
         return embedding_footprint(weight)
     outputs, inputs = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
@@ -154,19 +159,34 @@ def weight_footprint(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
+    turning = _turning(weight, kind, arithmetic, bias)
+    reduced, adds = turning == "reduced", bool(weight.steps) or bias
     if kind == "conv":
-        stages = tuple(conv_stages(weight, stack.rank, cost))
+        stages = list(conv_stages(weight, stack.rank, cost, turning))
     else:
-        stages = (linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, turns, cost)),)
+        beside = turns if turning is None else []
+        size = token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost, reduced=reduced)
+        stages = [linear_stage(size)]
+    if turning is not None:
+        added = stages if adds or reduced else []
+        stages = list(turned_input_stages(weight.stored.shape[1], turns, arithmetic, cost, added))
     reads = _reads(weight)
     return Footprint(
         tuple(size for size, _ in sizes),
         sum(size for size, shared in sizes if shared),
-        stages,
+        tuple(stages),
         stack.recast(cost) + _dense_blocks(weight.steps, cost),
         reads.peak,
         kept_bytes=sum(reads.kept.values()),
     )
+
+
+def _turning(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic, bias: bool) -> Turning | None:
+    """How the module is given its input, as `WeightBranch` decides."""
+    by_patch = kind == "conv" and any(operator.mixes for operator, _ in all_turns(weight))
+    if by_patch or WideInput.of(weight.stored) is not None:
+        return None
+    return turning_for(weight.pieces, weight.steps, bias, arithmetic.dtype)
 
 
 def _plain_form(site: Site, weight: EffectiveWeight, arithmetic: Arithmetic) -> PlainForm | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lib_precision_lora.branch.operands import Operands, WeightBranch
 from lib_precision_lora.branch.plain import PlainStack
 from lib_precision_lora.branch.product import SingleProduct, magnitude
 from lib_precision_lora.branch.rows import add_rows
+from lib_precision_lora.branch.token_chunks import token_chunks
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import token_count
 from lib_precision_lora.strict_product import strict
@@ -30,9 +31,13 @@ WHOLE = sys.maxsize
 class LinearBranch(WeightBranch):
     """Runs on the input and the output of a module whose forward multiplies by a [out, in] weight."""
 
+    before = True
+
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where y is contiguous; x: [..., in], y: [..., out]."""
         operands = self.operands(x, y)
+        if isinstance(operands, Operands) and operands.is_empty:
+            return y
         y = y.contiguous()
         if isinstance(operands, PlainStack):
             for x_part, y_part in token_chunks(x, y, WHOLE):
@@ -107,17 +112,3 @@ def enlargement(shift: Tensor, axes: tuple[int, ...]) -> Tensor:
 def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:
     """`N₁ N₂ … x`; x: [..., columns] fp32."""
     return x + turn(x, turns) if turns else x
-
-
-def token_chunks(x: Tensor, y: Tensor, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching chunks [≤ tokens, in] of x and [≤ tokens, out] of y; views of both, whatever x's strides."""
-    if x.is_contiguous():
-        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if x.ndim == 1:
-        x, y = x[None], y[None]
-    if x.ndim == 2:
-        for start in range(0, x.shape[0], tokens):
-            yield x[start : start + tokens], y[start : start + tokens]
-        return
-    for index in range(x.shape[0]):
-        yield from token_chunks(x[index], y[index], tokens)

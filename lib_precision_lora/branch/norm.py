@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lib_precision_lora.branch.effective import EffectiveWeight
-from lib_precision_lora.branch.linear import token_chunks
 from lib_precision_lora.branch.rows import accumulate
+from lib_precision_lora.branch.token_chunks import token_chunks
 from lib_precision_lora.branch.vector import DeltaVector
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import WORKSPACE_BYTES
@@ -23,10 +23,15 @@ class NormBranch:
     """Runs on the input and the output of a LayerNorm, GroupNorm or RMS norm over the last axis, in fp32."""
 
     wide_input: WideInput | None = None
+    turns_inputs = False
+    given: Tensor | None = None
 
     def __init__(self, weight: EffectiveWeight | None, bias: EffectiveWeight | None) -> None:
         self.weight = None if weight is None else DeltaVector(weight)
         self.bias = None if bias is None else DeltaVector(bias)
+
+    def turned(self, x: Tensor) -> None:
+        return None
 
     def structure(self) -> tuple[object, ...]:
         return NormBranch, self.weight is None, self.bias is None

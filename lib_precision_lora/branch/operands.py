@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.branch.autocast import type_within, without_autocast
 from lib_precision_lora.branch.chunks import token_bytes
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
@@ -25,6 +26,14 @@ from lib_precision_lora.branch.product import Compute, Product, choose_product
 from lib_precision_lora.branch.product_cost import ProductCost
 from lib_precision_lora.branch.stack import Stack, UpBlock, build_stack, column_scales, factor_types, low_rank
 from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinned
+from lib_precision_lora.branch.turned_input import (
+    InputTurns,
+    TurnedInput,
+    Turning,
+    input_turns,
+    turning_for,
+    turns_of_all_rows,
+)
 from lib_precision_lora.branch.vector import DeltaVector
 from lib_precision_lora.branch.wide_input import WideInput
 
@@ -58,7 +67,8 @@ class Operands:
 
     down: [total rank, columns] and scale: [total rank] fp32, of all low-rank additions; None without any.
     plain: nothing but additions, so that the base output stays where it is and is added to; token_bytes:
-    what one token takes in the forward of a linear module.
+    what one token takes in the forward of a linear module. before: what turns the module's input, where that
+    is not left to a second pass; size: what its input was multiplied with besides, in one forward.
     """
 
     product: Product
@@ -69,6 +79,15 @@ class Operands:
     bias: Tensor | None
     plain: bool
     token_bytes: int
+    before: InputTurns | None = None
+    size: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is added to the module's output."""
+        ranges = self.phases[0].ranges
+        added = any(each.up is not None or each.others for each in ranges)
+        return self.plain and self.bias is None and not added
 
     @property
     def has_whole_terms(self) -> bool:
@@ -84,15 +103,18 @@ class WeightBranch:
 
     stream: None while the factors stay on the device; else what brings them there from RAM each time.
     spare: the stream to take to where the device has no memory for them. convolution: whether the input is
-    treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device.
+    treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device;
+    before: whether a module's input can be turned before it.
     """
 
     convolution = False
+    before = False
     placeable = True
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         self.compute = compute
         self.rows, self.columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+        self.channels = weight.stored.shape[1]
         self.wide_input = WideInput.of(weight.stored)
         self.steps, self.pieces = weight.steps, weight.pieces
         self.bias = None if bias is None else DeltaVector(bias)
@@ -102,7 +124,8 @@ class WeightBranch:
         self.spare: FactorStream | None = None
         self._stack: Stack | None = None
         self._operands: Operands | PlainStack | None = None
-        self._made_for: tuple[torch.device, PlainForm | bool] | None = None
+        self._made_for: tuple[torch.device, PlainForm | bool, Turning | None] | None = None
+        self._turned: TurnedInput[Operands] | None = None
         self._copies: DeviceCopies | None = None
 
     def structure(self) -> tuple[object, ...]:
@@ -131,29 +154,79 @@ class WeightBranch:
             made_again = dataclasses.replace(self._operands, scale=self._scale())
             self._operands = self._kept(made_again, self._made_for[0])
         else:
-            self._operands = self._assemble(self._operands.product, self._made_for[0])
+            device, _, turning = self._made_for
+            self._operands = self._assemble(self._operands.product, device, turning)
 
     def operands(self, x: Tensor, y: Tensor | None) -> Operands | PlainStack:
         """The operands for this input: made at the first forward, then found.
 
         y: the output that a plain stack may be added to; None where it may not be.
         """
-        made = self.ready(x.device, x.dtype, y is not None and y.dtype == x.dtype)
-        return made if self.stream is None else self.stream.bring(self, made, x.device)
+        turned, self._turned = self._turned, None
+        if turned is not None and turned.given is x:
+            return turned.operands
+        made = self.ready(x.device, x.dtype, y is not None and y.dtype == x.dtype, None)
+        return self._brought(made, x.device)
 
-    def ready(self, device: torch.device, dtype: torch.dtype, plain: bool = True) -> Operands | PlainStack:
+    @property
+    def turns_inputs(self) -> bool:
+        """Whether there are activations whose module is given another input than they are."""
+        return self.before and self.wide_input is None and bool(turns_of_all_rows(self.pieces))
+
+    def turned(self, x: Tensor) -> Tensor | None:
+        """What the module is to be given instead of x, in a tensor of its own; None where that is x.
+
+        The next forward with this very x counts on it.
+        """
+        self._turned = None
+        turning = self.turning(type_within(x))
+        if turning is None:
+            return None
+        with without_autocast(x.device.type):
+            operands = self._brought(self.ready(x.device, x.dtype, True, turning), x.device)
+            assert isinstance(operands, Operands)
+            assert operands.before is not None
+            made, size = self._turn(operands.before, x)
+        self._turned = TurnedInput(x, dataclasses.replace(operands, size=size))
+        return made
+
+    @property
+    def given(self) -> Tensor | None:
+        """What stood in the place of the module's input that was turned, if it was."""
+        return None if self._turned is None else self._turned.given
+
+    def _turn(self, before: InputTurns, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`size · R x` and the size, as `InputTurns.apply` gives them."""
+        return before.apply(x, -1)
+
+    def turning(self, dtype: torch.dtype) -> Turning | None:
+        """How the module is given an input of this type; None where that is as it comes."""
+        if not self.turns_inputs:
+            return None
+        return turning_for(self.pieces, self.steps, self.bias is not None, dtype)
+
+    def _brought(self, made: Operands | PlainStack, device: torch.device) -> Operands | PlainStack:
+        return made if self.stream is None else self.stream.bring(self, made, device)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the operands for inputs on this device and of this type ahead of the first forward."""
+        self.ready(device, dtype, True, self.turning(dtype))
+
+    def ready(
+        self, device: torch.device, dtype: torch.dtype, plain: bool = True, turning: Turning | None = None
+    ) -> Operands | PlainStack:
         """The operands for inputs on this device and of this type, where they stay: there, or in RAM.
 
-        plain: whether outputs are of this type, too. Where the device has no memory for them, they stay in
-        RAM from now on.
+        plain: whether outputs are of this type, too; turning: how the module is given its input. Where the
+        device has no memory for them, they stay in RAM from now on.
         """
         form = self._form(device, dtype) if plain else None
         product = choose_product(self.compute, device, dtype)
-        made_for = (device, product.half if form is None else form)
+        made_for = (device, product.half if form is None else form, turning)
         if self._operands is None or self._made_for != made_for:
             self.release()
             try:
-                self._operands = self._make(product, form, device)
+                self._operands = self._make(product, form, device, turning)
             except torch.cuda.OutOfMemoryError:
                 if self.spare is None or self.stream is not None:
                     raise
@@ -161,7 +234,7 @@ class WeightBranch:
                     "no memory on %s for the factors of a layer, they are streamed from RAM", device
                 )
                 self.stream = self.spare
-                self._operands = self._make(product, form, device)
+                self._operands = self._make(product, form, device, turning)
             self._made_for = made_for
         return self._operands
 
@@ -194,7 +267,7 @@ class WeightBranch:
 
     def release(self) -> None:
         """Let go of everything that was made for a device."""
-        self._stack = self._operands = self._made_for = self._copies = None
+        self._stack = self._operands = self._made_for = self._copies = self._turned = None
         if self.wide_input is not None:
             self.wide_input.drop()
         if self.bias is not None:
@@ -206,7 +279,9 @@ class WeightBranch:
             return None
         return PlainForm.of(self.compute, device, dtype, self._types, self.convolution)
 
-    def _make(self, product: Product, form: PlainForm | None, device: torch.device) -> Operands | PlainStack:
+    def _make(
+        self, product: Product, form: PlainForm | None, device: torch.device, turning: Turning | None
+    ) -> Operands | PlainStack:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
         if form is not None:
@@ -215,34 +290,43 @@ class WeightBranch:
         self._stack = build_stack(low_rank(self.steps), up_blocks(self.steps, self.rows), product.half, home)
         self._stack = self._kept(self._stack, device)
         self._copies = DeviceCopies(home)
-        return self._assemble(product, device)
+        return self._assemble(product, device, turning)
 
-    def _assemble(self, product: Product, device: torch.device) -> Operands:
+    def _assemble(self, product: Product, device: torch.device, turning: Turning | None) -> Operands:
         assert self._copies is not None
         copies, home = self._copies, self._copies.device
         down = None if self._stack is None else self._stack.down
-        turned = any(piece.turns for piece in self.pieces)
+        cost = ProductCost.of(product, device, self.convolution)
+        before, beside = None, self.pieces
+        if turning is not None:
+            before = input_turns(turns_of_all_rows(self.pieces), self.channels, turning, cost, device)
+            before = dataclasses.replace(before, turns=copies.turns(before.turns))
+            beside = (Piece(0, self.rows),)
+        turned = any(piece.turns for piece in beside)
         pieces = tuple(
             dataclasses.replace(
                 piece,
                 turns=copies.turns(piece.turns),
                 share=None if piece.share is None else piece.share.to(home),
             )
-            for piece in self.pieces
+            for piece in beside
         )
         phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
-        plain = not turned and len(phases) == 1 and not phases[0].lefts
+        reduced = turning == "reduced"
+        plain = not turned and not reduced and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
         size = token_bytes(
             self.columns,
             self.rows,
             0 if down is None else down.shape[0],
             self.steps,
-            [turn for piece in self.pieces for turn in piece.turns],
-            ProductCost.of(product, device, self.convolution),
+            [turn for piece in beside for turn in piece.turns],
+            cost,
             self.convolution,
+            reduced,
         )
-        return self._kept(Operands(product, down, self._scale(), phases, pieces, bias, plain, size), device)
+        made = Operands(product, down, self._scale(), phases, pieces, bias, plain, size, before)
+        return self._kept(made, device)
 
     def _scale(self) -> Tensor | None:
         """Of each rank of the stack, where there is one."""

@@ -46,13 +46,17 @@ def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool) -
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     if site.kind == "embedding" or rows * columns < SMALL_LAYER:
         return False
-    cost = multiplications(branch, columns)
+    cost = multiplications(branch, columns, weight.dtype)
     return cost > WORTH_A_MERGE * rows * columns
 
 
-def multiplications(branch: WeightBranch, columns: int) -> int:
-    """What a branch multiplies per token (per position of a convolution); columns: of the weight."""
-    passes = sum(branch.rows * columns + _turned(piece.turns) for piece in branch.pieces if piece.turns)
+def multiplications(branch: WeightBranch, columns: int, dtype: torch.dtype) -> int:
+    """What a branch multiplies per token (per position of a convolution); columns, dtype: of the weight.
+
+    An input that is turned before the module costs no second pass through it.
+    """
+    again = branch.rows * columns if branch.turning(dtype) is None else 0
+    passes = sum(again + _turned(piece.turns) for piece in branch.pieces if piece.turns)
     return passes + sum(_step(step) for step in branch.steps)
 
 

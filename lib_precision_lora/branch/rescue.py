@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lib_precision_lora.branch.autocast import without_autocast
 from lib_precision_lora.branch.branch import Branch
 
 logger = logging.getLogger(__name__)
@@ -63,12 +62,3 @@ def beside(branch: Branch, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """`y + branch(x)`, in the precision that the branch chooses."""
     with without_autocast(y.device.type):
         return branch(module, x, y)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Turns autocast off, where it is on."""
-    try:
-        enabled = torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch 2.3 asks without a device
-        enabled = torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

@@ -216,7 +216,7 @@ class PatchSession:
             step()
             branch.spare = None  # here the whole set falls back, by the caller, or none of it
             try:
-                branch.ready(device, dtype)
+                branch.place(device, dtype)
             except torch.cuda.OutOfMemoryError as error:
                 self.release()
                 raise out_of_memory(name, branch.factor_bytes, error) from error

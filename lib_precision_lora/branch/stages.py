@@ -5,6 +5,7 @@ what its largest stage takes.
 
     linear   one: a chunk of tokens (`chunks.token_bytes`)
     plain    x in fp32, where it is; hidden and its parts; the parts and the columns that they meet
+    turned   the module's input, where it is turned before: it stands next to every other stage
     conv     hidden    the stack's hidden state of a sample, from blocks of input channels
              base      one more pass through the module, of the turned input, or of blocks of its patches
              outputs   chunks of positions; of all at once, for what is not of low rank
@@ -19,15 +20,18 @@ from dataclasses import dataclass
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.chunks import (
+    Arithmetic,
     mixing,
     operator_copies,
     token_bytes,
     turned_copies,
+    turning_copies,
     whole_terms,
 )
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES, WIDENED_BYTES, PlainForm
 from lib_precision_lora.branch.product_cost import Copies, ProductCost
+from lib_precision_lora.branch.turned_input import Turning, block_bytes
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 
@@ -80,15 +84,30 @@ def plain_conv_stages(form: PlainForm, rank: int) -> Iterator[Stage]:
     yield (Use(hidden * MOST_SAMPLES, PLAIN_HIDDEN_BYTES),)
 
 
-def conv_stages(weight: EffectiveWeight, rank: int, cost: ProductCost) -> Iterator[Stage]:
+def turned_input_stages(
+    inputs: int, turns: Sequence[Turn], arithmetic: Arithmetic, cost: ProductCost, beside: Sequence[Stage]
+) -> Iterator[Stage]:
+    """Those of a module that is given its input turned. inputs: channels; cost: of the module's products.
+
+    beside: those of what is added to its output, while the turned input is still there.
+    """
+    given = Use(arithmetic.dtype.itemsize * inputs)
+    yield given, Use(FP32 * inputs * turning_copies(turns, cost), block_bytes(arithmetic.device))
+    for stage in beside:
+        yield given, *stage
+
+
+def conv_stages(
+    weight: EffectiveWeight, rank: int, cost: ProductCost, turning: Turning | None = None
+) -> Iterator[Stage]:
     """The stages of a convolution's forward, of one sample; positions: those of its output.
 
-    rank: of its stack.
+    rank: of its stack; turning: how the module is given its input.
     """
     outputs, channels = weight.stored.shape[:2]
     columns = channels * math.prod(weight.stored.shape[2:])
-    turns = [turn for piece in weight.pieces for turn in piece.turns]
-    by_patch = any(operator.mixes for operator, _ in _all_turns(weight))
+    turns = [turn for piece in weight.pieces for turn in piece.turns] if turning is None else []
+    by_patch = any(operator.mixes for operator, _ in all_turns(weight))
     hidden = Use(FP32 * rank)
     if rank:
         yield _convolved(channels, rank, None, cost.stack)
@@ -101,10 +120,11 @@ def conv_stages(weight: EffectiveWeight, rank: int, cost: ProductCost) -> Iterat
     elif turns:
         kept.append(Use(FP32 * (outputs + 1)))
         yield *kept, Use(FP32 * channels * turned_copies(turns, cost))
-    turned = bool(turns) or any(isinstance(step, Left) for step in weight.steps)
+    turned = bool(turns) or turning == "reduced" or any(isinstance(step, Left) for step in weight.steps)
     whole = whole_terms(weight.steps)
     if not whole and not by_patch:
-        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, cost, convolution=True)
+        reduced = turning == "reduced"
+        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, cost, True, reduced)
         yield *kept, Use(chunk, WORKSPACE_BYTES)
         return
     if turned:
@@ -154,6 +174,6 @@ def _output_block(outputs: int, copies: float) -> Use:
     return Use(FP32 * outputs * copies, WORKSPACE_BYTES / 2 * copies)
 
 
-def _all_turns(weight: EffectiveWeight) -> list[Turn]:
+def all_turns(weight: EffectiveWeight) -> list[Turn]:
     turns = [turn for piece in weight.pieces for turn in piece.turns]
     return turns + [turn for step in weight.steps if isinstance(step, Add) for turn in step.columns]

@@ -47,10 +47,7 @@ class WideInput:
                 f"{channels}; leave out those LoRAs, or what gives the layer more channels"
             )
         self._given = x
-        own = self.own_part(x)
-        if args:
-            return (own, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): own}
+        return with_input(self.own_part(x), args, kwargs)
 
     def take(self) -> Tensor:
         """What the module was given, once."""
@@ -70,3 +67,12 @@ class WideInput:
         """x with zeros in the channels that are not given; a copy of the block at hand, if there are any."""
         missing = self.whole - x.shape[self.axis]
         return pad(x, (*(0, 0) * (-1 - self.axis), 0, missing)) if missing else x
+
+
+def with_input(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with another first one."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}

@@ -1,0 +1,337 @@
+"""A layer whose base is turned for all rows by one R runs once, on the turned input, and keeps law 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_precision_lora.branch import PatchSession, turned_input
+from lib_precision_lora.branch.linear import LinearBranch
+from lib_precision_lora.branch.turned_input import LARGEST_HALF, InputTurns, row_sum
+from tests.branch.hosts import Holder, hooks_of
+from tests.families import BASE_STD, INPUT_ROTATIONS, family
+from tests.oracles import Step, allowed_error, merge, rounding_error
+
+OUT, IN = 192, 256
+ALONE = ("oft-peft", "oft-peft-shared", "ia3-in")
+"""Nothing is added to what these make of the base."""
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+class Linear(nn.Linear):
+    """Named as hosts name theirs. passes: how often it has multiplied."""
+
+    passes = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(input)
+
+
+class Conv(nn.Conv2d):
+    passes = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(input)
+
+
+def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> Linear:
+    torch.manual_seed(1)
+    return settled(Linear(IN, OUT, bias=bias), dtype)
+
+
+def conv(dtype: torch.dtype = torch.float32) -> Conv:
+    torch.manual_seed(1)
+    return settled(Conv(32, 96, 3, padding=1, padding_mode="circular"), dtype)
+
+
+def settled(layer: Any, dtype: torch.dtype) -> Any:
+    """In a model, `held`, which it keeps alive."""
+    layer.requires_grad_(False).weight.normal_(0.0, BASE_STD)
+    layer.__dict__["held"] = Holder(layer.to(dtype))
+    return layer
+
+
+def tokens(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
+    return torch.randn(*(shape or (64,)), IN, generator=torch.manual_seed(2)).to(dtype)
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 32, 10, 12, generator=torch.manual_seed(2)).to(dtype)
+
+
+def stack(layer: nn.Module, *named: tuple[str, float]) -> tuple[list[Any], Tensor]:
+    """Files for the session, and the merged weight in float64."""
+    made = [(family(name, tuple(layer.weight.shape)), strength) for name, strength in named]
+    files = [("file", {"layer.weight": one.adapter}, strength) for one, strength in made]
+    return files, merge(layer.weight, [Step(one.change, strength) for one, strength in made])[0]
+
+
+def exact(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer's output in float64, with another weight."""
+    bias = None if layer.bias is None else layer.bias.double()
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x.double(), weight.double(), bias)
+    return layer._conv_forward(x.double(), weight.double(), bias)
+
+
+def as_host(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer's output in its own type, with another weight."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight, layer.bias)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def assert_law_2(layer: Any, x: Tensor, passes: int, *named: tuple[str, float]) -> None:
+    """In fp32, whose sums err more than one rounding, beside the host's own sums of the merged weight."""
+    files, weight = stack(layer, *named)
+    before, host = x.clone(), layer(x)
+    merged = weight.to(x.dtype) if x.dtype == torch.float32 else layer.weight
+    sums, exact_sums = as_host(layer, merged, x), exact(layer, merged, x)
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        for given in (lambda: layer(x), lambda: layer(input=x)):
+            layer.passes = 0
+            y = given()
+            assert layer.passes == passes
+            expected = exact(layer, weight, x)
+            error = float((y.double() - expected).norm())
+            assert error <= allowed_error(expected, exact_sums, sums)
+            assert y.shape == host.shape
+            assert session._attached["layer"].piece.given is None
+    assert torch.equal(x, before)
+    assert torch.equal(layer(x), host)
+    assert hooks_of(layer.held) == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strength", [0.2, 1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALONE)
+def test_one_pass_errs_at_most_one_and_a_half_times_as_one_rounding(
+    name: str, dtype: torch.dtype, strength: float, bias: bool
+) -> None:
+    """Also at strengths at which a second pass, of (R − I) x, would have a large share in the output."""
+    assert_law_2(linear(dtype, bias), tokens(dtype), 1, (name, strength))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_pass_of_a_convolution_that_scales_its_channels(dtype: torch.dtype) -> None:
+    x = images(dtype)
+    strided = x.permute(0, 1, 3, 2)
+    for given in (x, x[0], x.to(memory_format=torch.channels_last), strided):
+        assert_law_2(conv(dtype), given, 1, ("ia3-in", 0.7))
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        (("dora-in", 0.7),),
+        (("lokr-dora-in", 0.7),),
+        (("lora", 0.8), ("oft-peft", 0.7), ("diff", 0.3)),
+        (("oft-peft", 0.7), ("oft-peft-shared", -0.6), ("dora-out", 0.5)),
+        (("oft-peft", 0.7), ("oft", 0.4)),
+    ],
+    ids=str,
+)
+def test_in_fp32_a_stack_runs_once_as_well(named: tuple[tuple[str, float], ...]) -> None:
+    assert_law_2(linear(), tokens(), 1, *named)
+    if not any(name in INPUT_ROTATIONS for name, _ in named):
+        assert_law_2(conv(), images(), 1, *named)
+
+
+def test_a_butterfly_errs_less_than_in_a_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, errors = linear(), tokens(), []
+    files, weight = stack(layer, ("boft-peft", 1.0))
+    for before in (True, False):
+        monkeypatch.setattr(LinearBranch, "before", before)
+        with torch.no_grad(), PatchSession(layer.held) as session:
+            session.apply(files)
+            layer.passes = 0
+            errors.append(float((layer(x).double() - exact(layer, weight, x)).norm()))
+            assert layer.passes == 2 - before
+    assert 0.0 < errors[0] < errors[1]
+
+
+@HALVES
+def test_where_a_sum_would_round_half_precision_a_third_time_the_module_runs_twice(
+    dtype: torch.dtype,
+) -> None:
+    assert_law_2(linear(dtype), tokens(dtype), 2, ("dora-in", 0.5))
+    assert_law_2(linear(dtype), tokens(dtype), 2, ("oft-peft", 0.2), ("lora", 0.5))
+
+
+def test_types_may_take_turns_on_one_layer() -> None:
+    layer = linear(torch.bfloat16)
+    layer.to(torch.float32)
+    files, weight = stack(layer, ("dora-in", 0.7))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2), (torch.float32, 1)):
+            layer.to(dtype)
+            layer.passes, x = 0, tokens(dtype)
+            error = (layer(x).double() - exact(layer, weight, x)).norm() / exact(layer, weight, x).norm()
+            assert layer.passes == passes
+            assert float(error) <= 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 9), (2, 3, 4)])
+def test_inputs_of_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    layer, x = linear(), torch.randn(*shape, IN, generator=torch.manual_seed(3))
+    files, weight = stack(layer, ("oft-peft", 0.7))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        torch.testing.assert_close(layer(x).double(), exact(layer, weight, x), rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_that_are_not_contiguous_and_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turned_input, "CACHED_BYTES", 32 * 1024)
+    x = tokens(torch.float32, 3, 5, 7)
+    for view in (
+        x,
+        x.transpose(0, 2),
+        x[:, ::2],
+        x[:1].expand(4, 5, 7, IN),
+        x.flatten(0, 2).T.contiguous().T,
+    ):
+        assert_law_2(linear(), view, 1, ("oft-peft", 0.7))
+
+
+@pytest.mark.parametrize("name", ["oft-peft", "ia3-in"])
+def test_a_turned_input_beyond_fp16_still_gives_a_finite_output(name: str) -> None:
+    """Where it had to be reduced, a bias rounds the output a third time: √3 roundings instead of √2."""
+    layer, x = linear(torch.float16, bias=False), tokens()
+    layer.weight.mul_(0.1)
+    x = (x / x.abs().max() * LARGEST_HALF).half()
+    turns = turned_of(name, 2.0)
+    assert not dataclasses.replace(turns, growth=None).apply(x, -1)[0].isfinite().all()
+    turned, size = turns.apply(x, -1)
+    assert turned.isfinite().all()
+    assert 0.0 < float(size) < 1.0
+    assert float(turns.apply(x / 1024, -1)[1]) == 1.0
+    assert_law_2(layer, x, 1, (name, 2.0))
+    layer.bias = nn.Parameter(torch.linspace(-1, 1, OUT).half(), requires_grad=False)
+    files, weight = stack(layer, (name, 2.0))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        expected = exact(layer, weight, x)
+        error = float((layer(x).double() - expected).norm())
+    assert error <= 1.05 * math.sqrt(3.0) * rounding_error(expected, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["oft-peft", "oft-peft-shared", "ia3-in"])
+def test_the_bound_of_a_turn_holds(name: str) -> None:
+    ((operator, _),) = turned_of(name, 1.0).turns
+    columns = operator.deviation(torch.eye(IN))
+    assert 0.0 < float(columns.abs().sum(0).max()) <= row_sum(operator) * (1 + 1e-6)
+
+
+def turned_of(name: str, strength: float) -> InputTurns:
+    layer = linear(torch.float16)
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(stack(layer, (name, strength))[0])
+        layer(tokens(torch.float16))
+        return session._attached["layer"].piece._operands.before
+
+
+def test_streamed_turns_come_once_for_each_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, brought = linear(), tokens(), []
+    files, weight = stack(layer, ("oft-peft", 0.7), ("lora", 0.5))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        session.place(x.device, x.dtype, resident=frozenset())
+        bring = session._stream.bring
+        monkeypatch.setattr(session._stream, "bring", lambda *given: (brought.append(1), bring(*given))[1])
+        layer.passes = 0
+        y = layer(x)
+        assert (len(brought), layer.passes) == (1, 1)
+        torch.testing.assert_close(y.double(), exact(layer, weight, x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_fails_before_the_module_is_done_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear(), tokens()
+    files, weight = stack(layer, ("oft-peft", 0.7))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        monkeypatch.setattr(InputTurns, "apply", failing)
+        with pytest.raises(MemoryError):
+            layer(x)
+        session.rescue.listener = told = Told()
+        torch.testing.assert_close(layer(x).double(), exact(layer, weight, x), rtol=1e-5, atol=1e-5)
+        assert told.errors == []
+
+
+def test_what_fails_behind_it_is_made_again_from_the_input_as_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = linear(), tokens()
+    host = layer(x)
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(stack(layer, ("oft-peft", 0.7), ("lora", 0.5))[0])
+        session.rescue.listener = told = Told()
+        monkeypatch.setattr(LinearBranch, "__call__", failing)
+        assert torch.equal(layer(x), host)
+        assert torch.equal(layer(input=x), host)
+        assert len(told.errors) == 4
+
+
+def test_a_failed_forward_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear(), tokens()
+    files, weight = stack(layer, ("oft-peft", 0.7))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        with monkeypatch.context() as patch:
+            patch.setattr(Linear, "forward", failing)
+            with pytest.raises(MemoryError):
+                layer(x)
+        torch.testing.assert_close(layer(x).double(), exact(layer, weight, x), rtol=1e-5, atol=1e-5)
+        session._attached["layer"].piece.release()
+        assert session._attached["layer"].piece.given is None
+
+
+def test_autocast_rounds_the_turned_input_alone() -> None:
+    layer, x = linear(), tokens()
+    files, weight = stack(layer, ("oft-peft", 0.7))
+    rounded = weight.double().to(torch.bfloat16)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        PatchSession(layer.held) as session,
+    ):
+        session.apply(files)
+        layer.passes = 0
+        y = layer(x)
+        assert layer.passes == 1
+    expected = exact(layer, rounded, x)
+    assert y.dtype == torch.bfloat16
+    assert float((y.double() - expected).norm() / expected.norm()) <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+def test_only_layers_that_may_be_turned_have_something_before_them() -> None:
+    layer = linear()
+    with PatchSession(layer.held) as session:
+        for names, hooks in ((("lora",), 0), (("oft-peft",), 1), (("dora-in",), 1), (("oft",), 0)):
+            session.apply(stack(layer, *((name, 0.5) for name in names))[0])
+            assert len(layer._forward_pre_hooks) == hooks
+    assert turned_input.turning_for((), (), False, torch.float32) is None
+
+
+class Told:
+    """A listener that changes nothing."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    def __call__(self, name: str, error: Exception, trial: object) -> None:
+        self.errors.append(error)
+
+
+def failing(*given: object, **named: object) -> Any:
+    raise MemoryError("injected")
