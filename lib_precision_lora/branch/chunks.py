@@ -72,13 +72,11 @@ def token_bytes(
     turns: Iterable[Turn],
     cost: ProductCost,
     convolution: bool = False,
-    reduced: bool = False,
 ) -> int:
     """Bytes that one token takes in the forward of a linear branch, next to others of its chunk.
 
     turns: those of the module's input; cost: of its products; convolution: one position in that of a
-    convolution, next to what is made for all positions at once; reduced: the module's input was, so that the
-    output is treated in fp32.
+    convolution, next to what is made for all positions at once.
     """
     columns, stack = list(turns), cost.stack
     hidden = 0.0 if convolution else inputs * stack.operand + rank * stack.result
@@ -87,7 +85,7 @@ def token_bytes(
         additions += outputs * stack.result
     lefts = [step.operator for step in steps if isinstance(step, Left)]
     numbers = max(hidden, additions)
-    if lefts or columns or reduced:
+    if lefts or columns:
         turning = max((operator_copies(operator, cost) for operator in lefts), default=0.0) * outputs
         numbers = outputs + max(numbers, turning)
     if columns and not convolution:
@@ -130,8 +128,8 @@ def turned_copies(turns: Sequence[Turn], cost: ProductCost) -> float:
 
 
 def turning_copies(turns: Sequence[Turn], cost: ProductCost) -> float:
-    """Copies of an input that turning it in place makes: itself in fp32, and the operators'."""
-    return 1.0 + max(operator_copies(operator, cost) for operator, _ in turns)
+    """Copies of an fp32 input beside the one that is turned in place: those that the operators make."""
+    return max(operator_copies(operator, cost) for operator, _ in turns)
 
 
 def operator_copies(operator: Operator, cost: ProductCost) -> float:

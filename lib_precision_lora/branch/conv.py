@@ -45,7 +45,7 @@ class ConvBranch(WeightBranch):
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
         super().__init__(weight, bias, compute)
         self._by_patch = any(operator.mixes for operator, _ in input_turns(weight))
-        self.before = not self._by_patch
+        self.can_turn = not self._by_patch
         self._spatial = len(weight.stored.shape) - 2
 
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
@@ -65,11 +65,10 @@ class ConvBranch(WeightBranch):
                 self._add(module, operands, x[index], y[index])
         return y
 
-    def _turn(self, before: InputTurns, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _turn(self, before: InputTurns, x: Tensor) -> Tensor:
         turns = tuple((channelwise(operator, self.channels), factor) for operator, factor in before.turns)
         x = x if _positions_are_flat(x, self._spatial) else x.contiguous()
-        made, size = dataclasses.replace(before, turns=turns).apply(x.flatten(-self._spatial), -2)
-        return made.view(x.shape), size
+        return dataclasses.replace(before, turns=turns).apply(x.flatten(-self._spatial), -2).view(x.shape)
 
     def _add(self, module: Conv, operands: Operands, x: Tensor, y: Tensor) -> None:
         """One sample, in place; x: [in, …], y: [out, …]."""

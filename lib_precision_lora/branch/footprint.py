@@ -33,7 +33,7 @@ from lib_precision_lora.branch.stages import (
     plain_stages,
     turned_input_stages,
 )
-from lib_precision_lora.branch.turned_input import Turning, turning_for
+from lib_precision_lora.branch.turned_input import turned_before
 from lib_precision_lora.branch.wide_input import WideInput
 from lib_precision_lora.memory.chunks import DENSE_BLOCK_BYTES, FP32, NORM_BYTES
 
@@ -159,16 +159,14 @@ def weight_footprint(
     sizes = [(size, False) for size in stack.made()] + [(size, True) for size in stack.kept()]
     sizes += [(_bytes(tensor), True) for tensor in _others(weight)]
     turns = [turn for piece in weight.pieces for turn in piece.turns]
-    turning = _turning(weight, kind, arithmetic, bias)
-    reduced, adds = turning == "reduced", bool(weight.steps) or bias
+    before = _turned_before(weight, kind, arithmetic)
     if kind == "conv":
-        stages = list(conv_stages(weight, stack.rank, cost, turning))
+        stages = list(conv_stages(weight, stack.rank, cost, before))
     else:
-        beside = turns if turning is None else []
-        size = token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost, reduced=reduced)
-        stages = [linear_stage(size)]
-    if turning is not None:
-        added = stages if adds or reduced else []
+        beside = [] if before else turns
+        stages = [linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost))]
+    if before:
+        added = stages if weight.steps or bias else []
         stages = list(turned_input_stages(weight.stored.shape[1], turns, arithmetic, cost, added))
     reads = _reads(weight)
     return Footprint(
@@ -181,12 +179,11 @@ def weight_footprint(
     )
 
 
-def _turning(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic, bias: bool) -> Turning | None:
-    """How the module is given its input, as `WeightBranch` decides."""
+def _turned_before(weight: EffectiveWeight, kind: Kind, arithmetic: Arithmetic) -> bool:
+    """Whether the module is given its input turned, as `WeightBranch` decides."""
     by_patch = kind == "conv" and any(operator.mixes for operator, _ in all_turns(weight))
-    if by_patch or WideInput.of(weight.stored) is not None:
-        return None
-    return turning_for(weight.pieces, weight.steps, bias, arithmetic.dtype)
+    wide = WideInput.of(weight.stored) is not None
+    return not by_patch and not wide and turned_before(weight.pieces, arithmetic.dtype)
 
 
 def _plain_form(site: Site, weight: EffectiveWeight, arithmetic: Arithmetic) -> PlainForm | None:

@@ -31,7 +31,7 @@ WHOLE = sys.maxsize
 class LinearBranch(WeightBranch):
     """Runs on the input and the output of a module whose forward multiplies by a [out, in] weight."""
 
-    before = True
+    can_turn = True
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where y is contiguous; x: [..., in], y: [..., out]."""

@@ -29,9 +29,8 @@ from lib_precision_lora.branch.streaming import FactorStream, map_tensors, pinne
 from lib_precision_lora.branch.turned_input import (
     InputTurns,
     TurnedInput,
-    Turning,
     input_turns,
-    turning_for,
+    turned_before,
     turns_of_all_rows,
 )
 from lib_precision_lora.branch.vector import DeltaVector
@@ -68,7 +67,7 @@ class Operands:
     down: [total rank, columns] and scale: [total rank] fp32, of all low-rank additions; None without any.
     plain: nothing but additions, so that the base output stays where it is and is added to; token_bytes:
     what one token takes in the forward of a linear module. before: what turns the module's input, where that
-    is not left to a second pass; size: what its input was multiplied with besides, in one forward.
+    is not left to a second pass.
     """
 
     product: Product
@@ -80,7 +79,6 @@ class Operands:
     plain: bool
     token_bytes: int
     before: InputTurns | None = None
-    size: Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -104,11 +102,11 @@ class WeightBranch:
     stream: None while the factors stay on the device; else what brings them there from RAM each time.
     spare: the stream to take to where the device has no memory for them. convolution: whether the input is
     treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device;
-    before: whether a module's input can be turned before it.
+    can_turn: whether a module's input can be turned before it.
     """
 
     convolution = False
-    before = False
+    can_turn = False
     placeable = True
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
@@ -124,7 +122,7 @@ class WeightBranch:
         self.spare: FactorStream | None = None
         self._stack: Stack | None = None
         self._operands: Operands | PlainStack | None = None
-        self._made_for: tuple[torch.device, PlainForm | bool, Turning | None] | None = None
+        self._made_for: tuple[torch.device, PlainForm | bool, bool] | None = None
         self._turned: TurnedInput[Operands] | None = None
         self._copies: DeviceCopies | None = None
 
@@ -154,8 +152,8 @@ class WeightBranch:
             made_again = dataclasses.replace(self._operands, scale=self._scale())
             self._operands = self._kept(made_again, self._made_for[0])
         else:
-            device, _, turning = self._made_for
-            self._operands = self._assemble(self._operands.product, device, turning)
+            device, _, before = self._made_for
+            self._operands = self._assemble(self._operands.product, device, before)
 
     def operands(self, x: Tensor, y: Tensor | None) -> Operands | PlainStack:
         """The operands for this input: made at the first forward, then found.
@@ -165,13 +163,13 @@ class WeightBranch:
         turned, self._turned = self._turned, None
         if turned is not None and turned.given is x:
             return turned.operands
-        made = self.ready(x.device, x.dtype, y is not None and y.dtype == x.dtype, None)
+        made = self.ready(x.device, x.dtype, y is not None and y.dtype == x.dtype)
         return self._brought(made, x.device)
 
     @property
     def turns_inputs(self) -> bool:
         """Whether there are activations whose module is given another input than they are."""
-        return self.before and self.wide_input is None and bool(turns_of_all_rows(self.pieces))
+        return self.can_turn and self.wide_input is None and bool(turns_of_all_rows(self.pieces))
 
     def turned(self, x: Tensor) -> Tensor | None:
         """What the module is to be given instead of x, in a tensor of its own; None where that is x.
@@ -179,15 +177,14 @@ class WeightBranch:
         The next forward with this very x counts on it.
         """
         self._turned = None
-        turning = self.turning(type_within(x))
-        if turning is None:
+        if not self.turns_before(type_within(x)):
             return None
         with without_autocast(x.device.type):
-            operands = self._brought(self.ready(x.device, x.dtype, True, turning), x.device)
+            operands = self._brought(self.ready(x.device, x.dtype, before=True), x.device)
             assert isinstance(operands, Operands)
             assert operands.before is not None
-            made, size = self._turn(operands.before, x)
-        self._turned = TurnedInput(x, dataclasses.replace(operands, size=size))
+            made = self._turn(operands.before, x)
+        self._turned = TurnedInput(x, operands)
         return made
 
     @property
@@ -195,38 +192,36 @@ class WeightBranch:
         """What stood in the place of the module's input that was turned, if it was."""
         return None if self._turned is None else self._turned.given
 
-    def _turn(self, before: InputTurns, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`size · R x` and the size, as `InputTurns.apply` gives them."""
+    def _turn(self, before: InputTurns, x: Tensor) -> Tensor:
+        """`R x`."""
         return before.apply(x, -1)
 
-    def turning(self, dtype: torch.dtype) -> Turning | None:
-        """How the module is given an input of this type; None where that is as it comes."""
-        if not self.turns_inputs:
-            return None
-        return turning_for(self.pieces, self.steps, self.bias is not None, dtype)
+    def turns_before(self, dtype: torch.dtype) -> bool:
+        """Whether the module is given an input of this type turned."""
+        return self.turns_inputs and turned_before(self.pieces, dtype)
 
     def _brought(self, made: Operands | PlainStack, device: torch.device) -> Operands | PlainStack:
         return made if self.stream is None else self.stream.bring(self, made, device)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the operands for inputs on this device and of this type ahead of the first forward."""
-        self.ready(device, dtype, True, self.turning(dtype))
+        self.ready(device, dtype, before=self.turns_before(dtype))
 
     def ready(
-        self, device: torch.device, dtype: torch.dtype, plain: bool = True, turning: Turning | None = None
+        self, device: torch.device, dtype: torch.dtype, plain: bool = True, before: bool = False
     ) -> Operands | PlainStack:
         """The operands for inputs on this device and of this type, where they stay: there, or in RAM.
 
-        plain: whether outputs are of this type, too; turning: how the module is given its input. Where the
+        plain: whether outputs are of this type, too; before: the module is given its input turned. Where the
         device has no memory for them, they stay in RAM from now on.
         """
         form = self._form(device, dtype) if plain else None
         product = choose_product(self.compute, device, dtype)
-        made_for = (device, product.half if form is None else form, turning)
+        made_for = (device, product.half if form is None else form, before)
         if self._operands is None or self._made_for != made_for:
             self.release()
             try:
-                self._operands = self._make(product, form, device, turning)
+                self._operands = self._make(product, form, device, before)
             except torch.cuda.OutOfMemoryError:
                 if self.spare is None or self.stream is not None:
                     raise
@@ -234,7 +229,7 @@ class WeightBranch:
                     "no memory on %s for the factors of a layer, they are streamed from RAM", device
                 )
                 self.stream = self.spare
-                self._operands = self._make(product, form, device, turning)
+                self._operands = self._make(product, form, device, before)
             self._made_for = made_for
         return self._operands
 
@@ -280,7 +275,7 @@ class WeightBranch:
         return PlainForm.of(self.compute, device, dtype, self._types, self.convolution)
 
     def _make(
-        self, product: Product, form: PlainForm | None, device: torch.device, turning: Turning | None
+        self, product: Product, form: PlainForm | None, device: torch.device, before: bool
     ) -> Operands | PlainStack:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
@@ -290,18 +285,17 @@ class WeightBranch:
         self._stack = build_stack(low_rank(self.steps), up_blocks(self.steps, self.rows), product.half, home)
         self._stack = self._kept(self._stack, device)
         self._copies = DeviceCopies(home)
-        return self._assemble(product, device, turning)
+        return self._assemble(product, device, before)
 
-    def _assemble(self, product: Product, device: torch.device, turning: Turning | None) -> Operands:
+    def _assemble(self, product: Product, device: torch.device, before: bool) -> Operands:
         assert self._copies is not None
         copies, home = self._copies, self._copies.device
         down = None if self._stack is None else self._stack.down
         cost = ProductCost.of(product, device, self.convolution)
-        before, beside = None, self.pieces
-        if turning is not None:
-            before = input_turns(turns_of_all_rows(self.pieces), self.channels, turning, cost, device)
-            before = dataclasses.replace(before, turns=copies.turns(before.turns))
-            beside = (Piece(0, self.rows),)
+        turns, beside = None, self.pieces
+        if before:
+            mine = copies.turns(turns_of_all_rows(self.pieces))
+            turns, beside = input_turns(mine, self.channels, cost, device), (Piece(0, self.rows),)
         turned = any(piece.turns for piece in beside)
         pieces = tuple(
             dataclasses.replace(
@@ -312,8 +306,7 @@ class WeightBranch:
             for piece in beside
         )
         phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
-        reduced = turning == "reduced"
-        plain = not turned and not reduced and len(phases) == 1 and not phases[0].lefts
+        plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
         size = token_bytes(
             self.columns,
@@ -323,9 +316,8 @@ class WeightBranch:
             [turn for piece in beside for turn in piece.turns],
             cost,
             self.convolution,
-            reduced,
         )
-        made = Operands(product, down, self._scale(), phases, pieces, bias, plain, size, before)
+        made = Operands(product, down, self._scale(), phases, pieces, bias, plain, size, turns)
         return self._kept(made, device)
 
     def _scale(self) -> Tensor | None:

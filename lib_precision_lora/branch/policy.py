@@ -55,7 +55,7 @@ def multiplications(branch: WeightBranch, columns: int, dtype: torch.dtype) -> i
 
     An input that is turned before the module costs no second pass through it.
     """
-    again = branch.rows * columns if branch.turning(dtype) is None else 0
+    again = 0 if branch.turns_before(dtype) else branch.rows * columns
     passes = sum(again + _turned(piece.turns) for piece in branch.pieces if piece.turns)
     return passes + sum(_step(step) for step in branch.steps)
 

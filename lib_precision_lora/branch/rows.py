@@ -1,7 +1,7 @@
 """The output side of a branch, shared by linear and convolutional modules: rows are output channels.
 
     plain:   y[:, s] += hidden[:, columns] · upᵀ + others + b
-    turned:  z = (y − bias) / size + Σ share · W0 (R − I) x
+    turned:  z = (y − bias) + Σ share · W0 (R − I) x
              then phase by phase  z ← L z + additions;  y = z + bias + b
 
 All parts are summed in fp32 and meet y in one rounding, block by block in y's own memory.
@@ -92,8 +92,6 @@ def _add_turned(
     if bias is not None:
         offset = bias[low:high].to(device=y.device, dtype=torch.float32)
         z -= offset
-    if operands.size is not None:
-        z /= operands.size
     for piece in operands.pieces:
         if piece.turns:
             _add_base(piece, given, z[:, piece.start : piece.stop])

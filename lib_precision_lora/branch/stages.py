@@ -31,7 +31,7 @@ from lib_precision_lora.branch.chunks import (
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.plain_form import PLAIN_HIDDEN_BYTES, WIDENED_BYTES, PlainForm
 from lib_precision_lora.branch.product_cost import Copies, ProductCost
-from lib_precision_lora.branch.turned_input import Turning, block_bytes
+from lib_precision_lora.branch.turned_input import block_bytes
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 
@@ -91,22 +91,22 @@ def turned_input_stages(
 
     beside: those of what is added to its output, while the turned input is still there.
     """
-    given = Use(arithmetic.dtype.itemsize * inputs)
+    given = Use(FP32 * inputs)
     yield given, Use(FP32 * inputs * turning_copies(turns, cost), block_bytes(arithmetic.device))
     for stage in beside:
         yield given, *stage
 
 
 def conv_stages(
-    weight: EffectiveWeight, rank: int, cost: ProductCost, turning: Turning | None = None
+    weight: EffectiveWeight, rank: int, cost: ProductCost, before: bool = False
 ) -> Iterator[Stage]:
     """The stages of a convolution's forward, of one sample; positions: those of its output.
 
-    rank: of its stack; turning: how the module is given its input.
+    rank: of its stack; before: the module is given its input turned.
     """
     outputs, channels = weight.stored.shape[:2]
     columns = channels * math.prod(weight.stored.shape[2:])
-    turns = [turn for piece in weight.pieces for turn in piece.turns] if turning is None else []
+    turns = [] if before else [turn for piece in weight.pieces for turn in piece.turns]
     by_patch = any(operator.mixes for operator, _ in all_turns(weight))
     hidden = Use(FP32 * rank)
     if rank:
@@ -120,11 +120,10 @@ def conv_stages(
     elif turns:
         kept.append(Use(FP32 * (outputs + 1)))
         yield *kept, Use(FP32 * channels * turned_copies(turns, cost))
-    turned = bool(turns) or turning == "reduced" or any(isinstance(step, Left) for step in weight.steps)
+    turned = bool(turns) or any(isinstance(step, Left) for step in weight.steps)
     whole = whole_terms(weight.steps)
     if not whole and not by_patch:
-        reduced = turning == "reduced"
-        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, cost, True, reduced)
+        chunk = token_bytes(channels, outputs, rank, weight.steps, turns, cost, convolution=True)
         yield *kept, Use(chunk, WORKSPACE_BYTES)
         return
     if turned:

@@ -17,8 +17,7 @@ class HeaderFootprint:
     factors: the sizes of the tensors that are placed there; shared: of these, the bytes that need no
     memory of their own where the file's tensors lie on the same device (a CPU); workspace: what a forward
     takes on top, whatever the count of tokens, once they fill a chunk; token_bytes: before that, for each
-    token, next to fixed_bytes; position_bytes: for each position of a convolution, whose parts are not cut,
-    and of an input that is made a second time.
+    token, next to fixed_bytes; position_bytes: for each position of a convolution, whose parts are not cut.
     """
 
     factors: tuple[int, ...] = ()

@@ -22,7 +22,6 @@ from lib_precision_lora.memory.chunks import (
     FP32,
     HALF_COPIES,
     NORM_BYTES,
-    SCALE_COPIES,
     SINGLE_COPIES,
     Load,
     dense_block_bytes,
@@ -135,8 +134,6 @@ def _footprint(beside: Beside, half: bool, plain: Plain | None) -> HeaderFootpri
     layer, all_terms = beside.layer, [own for _, _, own in beside.placed]
     if not layer.columns:
         return HeaderFootprint(tuple(sizes), token_bytes=NORM_BYTES * layer.rows)
-    if _only_turns_inputs(beside, layer):
-        return _turned_footprint(beside, layer, half, tuple(sizes))
     copies_of_operand = HALF_COPIES if half else SINGLE_COPIES
     load = Load(
         layer.rows,
@@ -153,27 +150,6 @@ def _footprint(beside: Beside, half: bool, plain: Plain | None) -> HeaderFootpri
         token_bytes=load.token_bytes(),
         fixed_bytes=int(recast * copies_of_operand) + dense,
         position_bytes=load.position_bytes(layer.columns) if layer.kernel else 0,
-    )
-
-
-def _only_turns_inputs(beside: Beside, layer: Layer) -> bool:
-    """Whether the layer is given its input turned, and runs once; of convolutions, channels are scaled."""
-    return all(
-        own == Terms(others=own.others, turn=own.turn)
-        and own.turn is not None
-        and (own.turn == SCALE_COPIES or not layer.kernel)
-        and (start, stop) == (0, layer.rows)
-        for start, stop, own in beside.placed
-    )
-
-
-def _turned_footprint(beside: Beside, layer: Layer, half: bool, sizes: tuple[int, ...]) -> HeaderFootprint:
-    """The input a second time, in the type of the activations, made in fp32 blocks; in fp16 the output is
-    treated in such blocks, too."""
-    copies = 1.0 + max(own.turn or 0.0 for _, _, own in beside.placed)
-    numbers = max(layer.columns * copies, 2.0 * layer.rows if half else 0.0)
-    return HeaderFootprint(
-        sizes, token_bytes=int(FP32 * numbers), position_bytes=ELEMENT["F16"] * layer.columns
     )
 
 
