@@ -1,6 +1,8 @@
 # make demo   the comparison with a stock-like merge, on files that it makes itself (no GPU, no Forge)
 # make test   what CI runs: lint, then every test
 # make lint   ruff and mypy
+# make fuzz   files, prompts, infotexts and requests that somebody made to do harm: 28,000, on two cores
+#             (another seed, one kind alone: make fuzz FUZZ="--seed 2 --target pickles")
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +11,7 @@ READY  := $(VENV)/ready
 # Threads that wait sleep: on a machine that is busy, torch on the CPU is then several times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint
+.PHONY: demo test lint fuzz
 
 demo: $(READY)
 	$(BIN)/python -m lib_precision_lora demo $(DEMO)
@@ -23,6 +25,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 $(READY): requirements-test.txt
 	$(PYTHON) -m venv $(VENV)

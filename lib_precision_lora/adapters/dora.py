@@ -97,7 +97,7 @@ def decompose(name: str, inner: Additive, tensors: Mapping[str, Tensor], rows: i
     if scale is None:
         return inner
     require_finite(name, dora_scale=scale)
-    axis: Literal["out", "in"] = "out" if scale.ndim == 1 or scale.shape[0] == rows else "in"
+    axis: Literal["out", "in"] = "out" if scale.ndim < 2 or scale.shape[0] == rows else "in"
     if axis == "in" and scale.shape[0] != 1:
         raise AdapterError(
             f"{name}: dora_scale has shape {list(scale.shape)}, the layer has {rows} outputs: "

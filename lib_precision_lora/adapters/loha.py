@@ -64,8 +64,8 @@ def read_loha(name: str, tensors: Mapping[str, Tensor]) -> LoHa | None:
     require_parts(name, tensors, *ROLES)
     cores = ("hada_t1", "hada_t2") if "hada_t1" in tensors else ()
     require_finite(name, **{role: tensors.get(role) for role in (*ROLES, *cores)})
-    a1, b1, a2, b2 = (as_float_factor(name, role, tensors[role]) for role in ROLES)
-    require_matrices(name, **dict(zip(ROLES, (a1, b1, a2, b2), strict=True)))
+    require_matrices(name, **{role: tensors[role] for role in ROLES})
+    a1, b1, a2, b2 = (as_float_factor(name, role, tensors[role]).flatten(1) for role in ROLES)
     rank = b1.shape[0]
     if "hada_t1" in tensors:
         require_parts(name, tensors, "hada_t2")

@@ -6,6 +6,7 @@ Source: KronA (arXiv 2212.10650); LyCORIS (arXiv 2309.14859, section 3).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class LoKr:
 
     def check(self, shape: tuple[int, ...]) -> None:
         require_shape(*self.term.size, shape)
+        kernel = math.prod(shape[2:])
+        if isinstance(self.term, Kronecker) and self.term.width % kernel:
+            raise AdapterError(
+                f"the right factor has {self.term.width} columns, which the layer's kernel of {kernel} does "
+                "not divide: the file was trained on another model"
+            )
 
     def reordered(self, order: Tensor) -> LoKr:
         """Reordered rows have no Kronecker structure any more: the one layer concerned becomes dense."""
@@ -59,7 +66,8 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     """The LoKr among one layer's tensors, by role; None where there is none.
 
     w1: [a, b] or w1_a: [a, r] and w1_b: [r, b]; w2: [p, q, *kernel], or w2_a: [p, r] and
-    w2_b: [r, q · kernel], or with a core t2: [r, r, *kernel], w2_a: [r, p], w2_b: [r, q].
+    w2_b: [r, q · kernel], or with a core t2: [r, r, *kernel], w2_a: [r, p], w2_b: [r, q]. Axes of one behind
+    them change nothing.
     Raises `AdapterError`: a part is missing, factors that do not meet, NaN, inf.
     """
     if not any(role in tensors for role in ROLES):
@@ -69,13 +77,19 @@ def read_lokr(name: str, tensors: Mapping[str, Tensor]) -> LoKr | None:
     parts = {role: as_float_factor(name, role, tensors[role]) for role in wanted if role in tensors}
     require_finite(name, **parts)
     require_matrices(name, **parts)
+    for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a"):
+        if role in parts and math.prod(parts[role].shape[2:]) != 1:
+            raise AdapterError(
+                f"{name}: {role} has shape {list(parts[role].shape)}, and a kernel belongs to the right "
+                "factor"
+            )
     rank: int | None = None
     if "lokr_w1" in parts:
         left = parts["lokr_w1"]
     else:
         first, second = _pair(name, parts, "lokr_w1_a", "lokr_w1_b")
         rank = second.shape[0]
-        left = multiply(first.float(), second.float())
+        left = multiply(first.float(), second.float().flatten(1))
     if "lokr_w2" in parts:
         right: tuple[Tensor, ...] = (parts["lokr_w2"],)
     else:
@@ -97,7 +111,7 @@ def _whole_scale(name: str, tensors: Mapping[str, Tensor]) -> float:
 def _pair(name: str, parts: Mapping[str, Tensor], outer: str, inner: str) -> tuple[Tensor, Tensor]:
     """The two factors of one side, [p, r] and [r, q, …], a core folded into the second."""
     require_parts(name, parts, outer, inner)
-    first, second = parts[outer], parts[inner]
+    first, second = parts[outer].flatten(1), parts[inner]
     if outer == "lokr_w2_a" and "lokr_t2" in parts:
         first, second = first.T.float(), fold_tucker_core(name, parts["lokr_t2"], second)
     if first.shape[1] != second.shape[0]:

@@ -59,10 +59,14 @@ class Kronecker:
         return self.right[0].shape[0]
 
     @property
+    def width(self) -> int:
+        """q · kernel, its columns."""
+        return math.prod(self.right[-1].shape[1:])
+
+    @property
     def size(self) -> tuple[int, int]:
         """Rows and columns."""
-        width = math.prod(self.right[-1].shape[1:])
-        return self.left.shape[0] * self.height, self.left.shape[1] * width
+        return self.left.shape[0] * self.height, self.left.shape[1] * self.width
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.left, *self.right

@@ -124,7 +124,7 @@ class ConvInput:
         """The b slices of the input channels run as a batch, then `left` mixes them."""
         *outer, kernel = term.right
         slices = self._turned(turns).reshape(term.left.shape[1], -1, *self.x.shape[1:])
-        weight = kernel.view(kernel.shape[0], slices.shape[1], *self.module.kernel_size)
+        weight = kernel.reshape(kernel.shape[0], slices.shape[1], *self.module.kernel_size)
         inner = convolve(self.module, SingleProduct(), slices, weight).flatten(2).permute(2, 0, 1)
         for factor in outer:
             inner = SingleProduct()(functional.linear, inner, factor, (-1,))

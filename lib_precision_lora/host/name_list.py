@@ -3,6 +3,9 @@
 A name stands as it is, or as a JSON string where it could be mistaken for something else:
 
     cats, "cats, dogs and \\"others\\"", dogs
+
+A WebUI puts a value with one of `,:` or a line's end in quotes, and takes them off again where it reads the
+image's parameters. It takes off those of any other value, too, so that one quoted name alone gets a comma.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import re
 from collections.abc import Iterable
 
 _NAME = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,]*)\s*(?:,|$)')
+_QUOTED_BY_WEBUIS = re.compile(r"[,:\n]")
 _NEEDS_QUOTES = re.compile(r'[,"\x00-\x1f\x7f\u0085\u2028\u2029]|^\s|\s$|^$')
 
 
 def joined(names: Iterable[str]) -> str:
-    """One line that `separated` takes apart again."""
-    return ", ".join(
+    """One line that `separated` takes apart again, also after a WebUI has written and read it."""
+    line = ", ".join(
         json.dumps(name, ensure_ascii=False) if _NEEDS_QUOTES.search(name) else name for name in names
     )
+    return f"{line}," if line.startswith('"') and not _QUOTED_BY_WEBUIS.search(line) else line
 
 
 def separated(line: str) -> list[str]:

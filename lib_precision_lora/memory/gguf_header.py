@@ -87,7 +87,8 @@ def read_gguf_header(path: Path, file: BinaryIO, size: int) -> Header:
     infos = [cursor.info() for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= LARGEST_ALIGNMENT:
-        raise HeaderError(f"{path}: its data has an alignment of {alignment}; the file is damaged.")
+        found = shortened(str(alignment))
+        raise HeaderError(f"{path}: its data has an alignment of {found}; the file is damaged.")
     data = -(-cursor.position // alignment) * alignment
     tensors = {}
     for name, sizes, kind, offset in infos:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
 from lib_precision_lora.memory.naming import Place, Places, of_text_encoder
-from lib_precision_lora.names.endings import by_module, meaning_of
+from lib_precision_lora.names.endings import NO_FACTORS, by_module, meaning_of
 from lib_precision_lora.names.key_map import is_input_layer
 from lib_precision_lora.names.layouts import whole_norms
 
@@ -93,8 +93,8 @@ def read_lora_header(path: Path, places: Places) -> LoraHeader:
         if kind is None:
             unknown.extend(factor.name for factor in factors.values())
             continue
-        for factor in factors.values():
-            if factor.elements == 0:
+        for role, factor in factors.items():
+            if factor.elements == 0 and role not in NO_FACTORS:
                 raise HeaderError(
                     f"{path}: {factor.name} has shape {list(factor.shape)} and holds no values."
                 )

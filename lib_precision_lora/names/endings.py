@@ -99,6 +99,10 @@ ENDINGS: Mapping[str, Ending] = {
 }
 """Every ending that is known; of (IA)³, `.weight` is what LyCORIS calls its values."""
 
+NO_FACTORS = frozenset({"alpha", "on_input", *(role for role, _ in SPARSE_REST.values())})
+"""Roles that may hold no values, as far as others are concerned: their readers say how many they must have. A
+sparse rest may be one of nothing."""
+
 _NAMED = re.compile(
     r"(\.lora_(?:A|B|magnitude_vector)|\.oft_R)\.[^.]+(\.weight|\.bias)$"
     r"|(\.(?:lora_magnitude_vector|lora_embedding_[AB]|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from lib_precision_lora.adapters import AdapterError, read_adapters
+from lib_precision_lora.adapters import Adapter, AdapterError, read_adapters
+from lib_precision_lora.branch import EffectiveWeight
+from lib_precision_lora.storage import stored_weight
 from tests.families import FAMILIES, OUTPUT_ROTATIONS, family
 
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +42,7 @@ VALUES = [
 ]
 
 
-def read(tensors: dict[str, Tensor]) -> object:
+def read(tensors: dict[str, Tensor]) -> Adapter:
     return read_adapters({f"block_7.{key}": value for key, value in tensors.items()})["block_7"]
 
 
@@ -73,6 +77,63 @@ def test_nan_and_infinity_are_named_with_their_count(name: str, key: str, number
     assert_one_sentence(caught.value)
 
 
+@pytest.mark.parametrize(("name", "key"), VALUES)
+def test_a_factor_without_values_is_named_whichever_of_its_sizes_is_zero(name: str, key: str) -> None:
+    tensors = dict(family(name, SHAPE).tensors)
+    for axis in range(tensors[key].ndim):
+        empty = tensors[key].narrow(axis, 0, 0)
+        with pytest.raises(AdapterError, match=r"^block_7: \w+ has shape .* holds no values") as caught:
+            read(tensors | {key: empty})
+        assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [part for part in VALUES if part[0].startswith(("lora", "loha", "lokr", "glora"))]
+)
+def test_a_factor_with_a_kernel_of_one_is_the_matrix_that_it_means(name: str, key: str) -> None:
+    """Or it is refused: a core's kernel is the layer's."""
+    made = family(name, SHAPE)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    try:
+        adapter = read(dict(made.tensors) | {key: made.tensors[key][..., None, None]})
+    except AdapterError as error:
+        assert "_t" in key or "bm" in key
+        assert_one_sentence(error)
+        return
+    effective = EffectiveWeight.identity(stored_weight(weight)).apply(adapter)
+    delta = made.full(weight.double()) - weight
+    assert (effective.delta(torch.float64) - delta).norm() / delta.norm() < 1e-6
+
+
+@pytest.mark.parametrize(("right", "fits"), [((4, 1, 3, 3), True), ((4, 9), True), ((4, 3), False)])
+def test_a_kernel_that_the_right_factor_of_a_lokr_does_not_have_fits_no_convolution(
+    right: tuple[int, ...], fits: bool
+) -> None:
+    """Its columns alone are as many: [1, 9] ⊗ [4, 3] is no kernel of 3 × 3 over three channels."""
+    left = torch.ones(1, 27 // math.prod(right[1:]))
+    adapter = read({"lokr_w1": left, "lokr_w2": torch.ones(right)})
+    if fits:
+        adapter.check((4, 3, 3, 3))
+        return
+    with pytest.raises(AdapterError, match="right factor has 3 columns, which the layer's kernel of 9"):
+        adapter.check((4, 3, 3, 3))
+    adapter.check((4, 27))
+
+
+@pytest.mark.parametrize("name", ["dora-out", "dora-in", "loha-dora-out", "lokr-dora-in"])
+def test_a_dora_scale_that_is_one_number_fits_no_layer(name: str) -> None:
+    adapter = read(dict(family(name, SHAPE).tensors) | {"dora_scale": torch.tensor(1.0)})
+    with pytest.raises(AdapterError, match="dora_scale has 1 values, the layer has 16"):
+        adapter.check(SHAPE)
+
+
+def test_of_sizes_without_values_nothing_is_computed() -> None:
+    """So many butterfly stages would be a power of two of 2⁴⁰ digits."""
+    for shape in ((2**40, 0, 4, 4), (0, 4, 4, 4), (2, 4, 0, 0), (0, 4, 4)):
+        with pytest.raises(AdapterError, match="holds no values"):
+            read({"oft_blocks": torch.empty(shape)})
+
+
 @pytest.mark.parametrize("alpha", [torch.tensor(NAN), torch.tensor(INF), torch.ones(2)])
 @pytest.mark.parametrize("name", ["loha", "lokr-right", "glora", "dora-out", "oft-constraint", "boft"])
 def test_an_alpha_that_is_no_number_is_refused(name: str, alpha: Tensor) -> None:
@@ -103,6 +164,11 @@ DAMAGED = {
     "lokr right": ("lokr-right", {"lokr_w2_a": torch.ones(4, 3)}, r"lokr_w2_a \[4, 3\], lokr_w2_b \[2, 3\]"),
     "lokr core": ("lokr-tucker", {"lokr_t2": torch.ones(2, 5, 1)}, r"\[2, 5, 1\]"),
     "lokr core beside w2_a": ("lokr-tucker", {"lokr_w2_a": torch.ones(3, 4)}, "lokr_w2_a"),
+    "lokr with a kernel on the left": (
+        "lokr-full",
+        {"lokr_w1": torch.ones(4, 4, 3, 3)},
+        r"lokr_w1 has shape \[4, 4, 3, 3\], and a kernel belongs to the right factor",
+    ),
     "lokr of vectors": ("lokr-full", {"lokr_w1": torch.ones(4)}, r"\[4\]"),
     "glora": ("glora", {"a2.weight": torch.ones(2, 12)}, r"factors do not meet .*a2 \[2, 12\]"),
     "glora of vectors": ("glora", {"a1.weight": torch.ones(12)}, r"a1 has shape \[12\]"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 
 import pytest
@@ -14,12 +13,12 @@ from tests.docs.families_table import (
     END,
     EVIDENCE,
     PAGE,
-    ROOT,
     STORED,
     UntestedError,
     collected_ids,
     table,
 )
+from tests.docs.named_tests import is_there, named_tests
 from tests.families import FAMILIES
 from tests.storage.formats import VARIANTS
 
@@ -54,13 +53,10 @@ def test_every_cell_names_tests_that_run_for_that_family(collected: frozenset[st
 
 
 def test_every_test_that_the_page_names_exists() -> None:
-    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", PAGE_TEXT))
+    named = named_tests(PAGE_TEXT)
     assert len({function for _, function in named}) > len(EVIDENCE)
     for file, function in named:
-        assert (ROOT / file).is_file(), f"docs/families.md names {file}, which is not there"
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert not function or function in functions, f"docs/families.md names {file}::{function}"
+        assert is_there(file, function), f"docs/families.md names {file}::{function}"
 
 
 def test_every_stored_variant_has_a_column() -> None:

@@ -184,7 +184,7 @@ class Checkpoint:
 
 def numbers_of(text: str) -> Tensor:
     """The text's tokens, so to speak: four numbers."""
-    generator = torch.Generator().manual_seed(zlib.crc32(text.strip().encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(text.strip().encode("utf-8", "surrogatepass")))
     return torch.randn(4, generator=generator)
 
 

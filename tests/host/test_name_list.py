@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,24 @@ AWKWARD = ("cats, dogs", "cats,", '"cats"', 'the "best", they say', "a\\b", "c:d
 @given(st.lists(st.text() | st.sampled_from(AWKWARD)))
 def test_every_list_of_names_is_read_back(names: list[str]) -> None:
     assert separated(joined(names)) == names
+
+
+def through_a_webui(line: str) -> str:
+    """A value as WebUIs write it into an image's parameters and read it from there: `quote` and `unquote`."""
+    written = json.dumps(line, ensure_ascii=False) if set(line) & set(",:\n") else line
+    quoted = len(written) > 1 and written.startswith('"') and written.endswith('"')
+    return str(json.loads(written)) if quoted else written
+
+
+@given(st.lists(st.text() | st.sampled_from(AWKWARD)))
+def test_every_list_of_names_is_read_back_from_an_image(names: list[str]) -> None:
+    assert separated(through_a_webui(joined(names))) == names
+
+
+@pytest.mark.parametrize("name", ['"cats"', "cats ", "", '"', 'the "best"', '"cats'])
+def test_one_name_alone_keeps_the_quotes_that_a_webui_would_take_off(name: str) -> None:
+    assert through_a_webui(json.dumps(name)) == name
+    assert separated(through_a_webui(joined([name]))) == [name]
 
 
 @pytest.mark.parametrize("names", [["cats"], ["cats", "dogs"], ["a: b", "c\\d", "猫"]])

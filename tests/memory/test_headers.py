@@ -323,6 +323,15 @@ def test_a_damaged_gguf_file_is_read_or_refused_and_never_fails_otherwise(
     assert all(tensor.offset + tensor.nbytes <= path.stat().st_size for tensor in tensors)
 
 
+def test_a_long_text_in_the_place_of_a_number_is_shortened_in_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    text = gguf_text(b"general.alignment") + struct.pack("<I", 8) + gguf_text(b"x" * 60_000)
+    path.write_bytes(gguf_start(3, values=1, rest=text))
+    with pytest.raises(HeaderError, match="an alignment of xxx") as caught:
+        read_header(path)
+    assert len(str(caught.value).removeprefix(str(path))) < 200
+
+
 def test_a_damaged_count_does_not_read_on_through_twelve_gigabytes(tmp_path: Path) -> None:
     path = tmp_path / "large.gguf"
     for rest in (b"", struct.pack("<Q", 6 * 10**9)):

@@ -55,6 +55,15 @@ def of_family(name: str) -> dict[str, Tensor]:
     return {f"layer.{key}": value for key, value in family(name, (ROWS, COLUMNS)).tensors.items()}
 
 
+def test_a_sparse_rest_of_nothing_is_no_factor_without_values(tmp_path: Path) -> None:
+    """As the reader has it (`tests/adapters/test_sparse_rest.py`)."""
+    rest = {"indices": torch.zeros(2, 0).long(), "values": torch.zeros(0), "size": torch.tensor([64, 96])}
+    tensors = of_family("lora") | {f"layer.bias_{part}": value for part, value in rest.items()}
+    assert read_adapters(tensors)["layer"].kind == "lora with a sparse rest"
+    (layer,) = lora_header(tmp_path / "lora.safetensors", tensors).model
+    assert layer.kind == "lora"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kind_and_rank_are_what_the_reader_says(name: str, tmp_path: Path) -> None:
     tensors = of_family(name)
