@@ -43,6 +43,11 @@ def machine_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
+def now() -> float:
+    """Seconds of what times are taken from on the CPU."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds(runs: Mapping[str, Run], rounds: int, device: torch.device = CPU) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one that is not timed.
 
@@ -72,7 +77,6 @@ def ratios(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Spread]
 
 
 def _on_cpu(run: Run) -> Callable[[], float]:
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = now()
     run()
     taken = now() - start

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from benchmarks.flux_layers import Linear
 from benchmarks.forward import where
-from benchmarks.interleave import CPU, machine_device
+from benchmarks.interleave import CPU, machine_device, now
 from lib_precision_lora.containers import read_lora
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.matching import key_map_of, match_file
@@ -99,12 +99,12 @@ def one_round(paths: Sequence[Path], shapes: Shapes, device: torch.device) -> St
     stages: Stages = {}
 
     def staged(name: str, run: Callable[[], Any]) -> Any:
-        now = time.process_time if device == CPU and torch.get_num_threads() == 1 else time.perf_counter
-        start = now()
+        clock = now if device == CPU else time.perf_counter
+        start = clock()
         result = run()
         if device != CPU:
             torch.cuda.synchronize(device)  # after the stage; nothing waits inside of it
-        stages[name] = stages.get(name, 0.0) + 1e3 * (now() - start)
+        stages[name] = stages.get(name, 0.0) + 1e3 * (clock() - start)
         return result
 
     def match() -> list[Any]:
