@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,36 +108,34 @@ def moved(kernels: Sequence[Kernel]) -> int:
     return sum(kernel.bytes for kernel in kernels)
 
 
-def layer_table(rows: Sequence[Row]) -> str:
-    """Kernels and MB, and MB over those of two products; * where it is more than `LIMITS` allows."""
+def table(first: str, rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    """Ways beside each other, for each subject and number of LoRAs."""
     kinds = [(row.way, row.stored) if row.way == "ours" else (row.way, "") for row in rows]
     columns = list(dict.fromkeys(kinds))
     heads = [f"{way}, {stored} files" if stored else way for way, stored in columns]
-    lines = [f"| layer | LoRAs | {' | '.join(heads)} |", f"|---|---:|{'---|' * len(heads)}"]
+    lines = [f"| {first} | LoRAs | {' | '.join(heads)} |", f"|---|---:|{'---|' * len(heads)}"]
     cells: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
     for row, kind in zip(rows, kinds, strict=True):
-        text = f"{row.kernels}, {row.bytes / 1e6:.0f}"
-        if row.way != "two products":
-            text += f" ({row.share:.2f}×{'*' if row.over else ''})"
-        cells.setdefault((row.subject, row.loras), {})[kind] = text
+        cells.setdefault((row.subject, row.loras), {})[kind] = cell(row)
     for (subject, loras), found in cells.items():
         lines.append(f"| {subject} | {loras} | {' | '.join(found.get(c, '') for c in columns)} |")
     return "\n".join(lines) + "\n"
 
 
-def pass_table(rows: Sequence[Row]) -> str:
-    """Milliseconds by card, beside kernels and GB."""
-    lines = [
-        f"| pass | LoRAs | way | kernels | GB | {' | '.join(f'{card.name}, ms' for card in CARDS)} |",
-        f"|---|---:|---|---:|---:|{'---:|' * len(CARDS)}",
-    ]
-    for row in rows:
-        way = f"{row.way}, {row.stored} files" if row.way == "ours" else row.way
-        times = " | ".join(f"{row.milliseconds[card.name]:.1f}" for card in CARDS)
-        lines.append(
-            f"| {row.subject} | {row.loras} | {way} | {row.kernels} | {row.bytes / 1e9:.2f} | {times} |"
-        )
-    return "\n".join(lines) + "\n"
+def layer_cell(row: Row) -> str:
+    """Kernels, MB, and MB over those of two products; * where it is more than `LIMITS` allows."""
+    share = "" if row.way == "two products" else f" ({row.share:.2f}×{'*' if row.over else ''})"
+    return f"{row.kernels}, {row.bytes / 1e6:.0f}{share}"
+
+
+def pass_cell(row: Row) -> str:
+    """Kernels and GB."""
+    return f"{row.kernels}, {row.bytes / 1e9:.1f}"
+
+
+def time_cell(row: Row) -> str:
+    """Milliseconds on each of `CARDS`."""
+    return " / ".join(f"{row.milliseconds[card.name]:.0f}" for card in CARDS)
 
 
 def measure(
@@ -167,12 +165,22 @@ def as_json(rows: dict[str, list[Row]], rank: int, launch: float) -> dict[str, A
 
 
 def as_text(rows: dict[str, list[Row]], rank: int, launch: float) -> str:
-    return (
+    text = (
         f"{COUNTED}. torch {torch.__version__}, rank {rank}, {1e6 * launch:g} µs for each launch.\n\n"
         f"Kernels and MB beyond the layer's own, and MB over those of two products:\n\n"
-        f"{layer_table(rows['layers'])}\nWhole passes, the layers that a file changes:\n\n"
-        f"{pass_table(rows['passes'])}"
+        f"{table('layer', rows['layers'], layer_cell)}"
     )
+    if rows["passes"]:
+        names = " / ".join(card.name for card in CARDS)
+        own = [row for row in rows["passes"] if row.loras == 0]
+        added = [row for row in rows["passes"] if row.loras]
+        alone = "; ".join(f"{row.subject}: {pass_cell(row)} GB, {time_cell(row)} ms" for row in own)
+        text += (
+            f"\nWhole passes, kernels and GB beyond those of the layers that a file changes:\n\n"
+            f"{table('pass', added, pass_cell)}\nMilliseconds of a roofline, {names}:\n\n"
+            f"{table('pass', added, time_cell)}\nThese layers alone: {alone}.\n"
+        )
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,17 +6,19 @@
     PEFT            its own layer, factors in the activations' type, as diffusers loads them
     Forge           "(fp16 LoRA)": the host's own merge in each forward, where FORGE_ROOT is set
 
-All see fake CUDA tensors. Biases are left out, and so is the decoding of a stored weight, which each needs.
+Forge's reads the files' tensors from RAM in each forward, as the host keeps them there; that way is counted
+as if it were the card's own memory, which is faster. All see fake CUDA tensors. Biases are left out, and so
+is the decoding of a stored weight, which each needs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -44,7 +46,7 @@ class Files(NamedTuple):
 Way = Callable[[Layer, Files], "list[Kernel]"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def counting() -> Iterator[None]:
     """A card that is not there, which this library asks anew for what it can do."""
     plain_form._sums_in_fp32.cache_clear()
@@ -131,7 +133,8 @@ def _forge_merge() -> Callable[..., Any]:
     sys.path.insert(0, root)
     sys.argv = ["webui.py", "--always-cpu"]
     try:
-        return importlib.import_module("backend.patcher.lora").merge_lora_to_weight.__wrapped__
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of the machine
+            return importlib.import_module("backend.patcher.lora").merge_lora_to_weight.__wrapped__
     finally:
         sys.argv = arguments
         sys.path.remove(root)
