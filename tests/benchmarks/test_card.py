@@ -13,6 +13,9 @@ from benchmarks.card_layers import LAYERS, PASSES, Layer
 from benchmarks.card_ways import Files, counting, ours, ours_on_older_torch, peft, two_products
 from benchmarks.kernels import Kernel
 from benchmarks.roofline import CARDS, Card
+from tests.docs.named_tests import ROOT
+
+PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 LINEAR = Layer("linear", (48, 64), (2, 20, 64), torch.bfloat16)
 CONV = Layer("conv", (48, 32, 3, 3), (2, 32, 8, 8), torch.float16)
@@ -100,3 +103,44 @@ def test_only_what_is_over_the_limits_is_marked() -> None:
         rows = list(card.layer_rows(flux, (8,), 16, 5e-6))
     assert {row.stored for row in rows if row.over} == {"fp16", "fp32"}
     assert all(row.way == "ours" for row in rows if row.over)
+
+
+def page_cells(first: str, subject: str, loras: int) -> dict[str, str]:
+    """One row of the page's first table of these, by column."""
+    table = PAGE[PAGE.index(f"| {first} | LoRAs |") :].partition("\n\n")[0].splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    (row,) = (row for row in rows if row[:2] == [subject, str(loras)])
+    return dict(zip(heads[2:], row[2:], strict=True))
+
+
+def column(row: card.Row) -> str:
+    return f"{row.way}, {row.stored} files" if row.way == "ours" else row.way
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3], LAYERS[8]], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_page_has_what_the_code_starts_now(layer: Layer, count: int) -> None:
+    cells = page_cells("layer", layer.name, count)
+    with counting():
+        rows = [row for row in card.layer_rows(layer, (count,), 16, 5e-6) if row.way != "Forge (fp16 LoRA)"]
+    assert len(rows) == 6
+    for row in rows:
+        assert cells[column(row)] == card.layer_cell(row)
+
+
+def test_the_page_has_a_pass_as_it_is_counted_now() -> None:
+    model = PASSES["sdxl"]
+    cells = page_cells("pass", model.name, 1)
+    with counting():
+        rows = [row for row in card.pass_rows(model, (1,), 16, 5e-6) if row.way != "Forge (fp16 LoRA)"]
+    assert cells.items() >= {column(row): card.pass_cell(row) for row in rows if row.loras}.items()
+
+
+def test_the_page_says_that_it_is_counted_and_has_every_layer_and_card() -> None:
+    assert "counted, not timed" in PAGE
+    for layer in LAYERS:
+        for count in (1, 4, 8):
+            assert page_cells("layer", layer.name, count)["two products"].startswith("2, ")
+    for each in CARDS:
+        figures = f"{each.bandwidth / 1e9:g} | {each.multiprocessors} | {each.clock / 1e9:g}"
+        assert f"| {each.name} | {figures} | {each.peak(False) / 1e12:.1f} |" in PAGE
