@@ -35,12 +35,12 @@ class Benchmark:
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
+    "memory": Benchmark("Memory, planned and measured", memory.main, ("--files", "1", "--tokens", "256")),
     "card": Benchmark("Kernels and bytes on a card", card.main, ("--files", "1", "--files", "4")),
     "forward": Benchmark("A forward with LoRAs", forward.main, ("--quick", "--rounds", "5"), True),
     "ready": Benchmark(
         "From files to a ready model", ready.main, ("--blocks", "2", "--files", "1", "--files", "2"), True
     ),
-    "memory": Benchmark("Memory, planned and measured", memory.main, ("--files", "1", "--tokens", "256")),
     "overhead": Benchmark(
         "The meter of the branches' time", overhead_meter.main, ("--calls", "200", "--rounds", "10")
     ),
