@@ -2,21 +2,17 @@
 
 from modules import script_callbacks, scripts
 
-from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host import install
 from lib_precision_lora.host import script as steps
-from lib_precision_lora.host.api import add_api, remove_api
 from lib_precision_lora.host.infotext import warn_of_what_is_not_pasted
 from lib_precision_lora.host.logs import set_up_logging
-from lib_precision_lora.host.settings import register_settings
-from lib_precision_lora.host.xyz import add_axes
 
 set_up_logging()
-script_callbacks.on_ui_settings(register_settings)
-script_callbacks.on_before_ui(add_axes)
-script_callbacks.on_app_started(add_api)
+# few, since the WebUI goes through its whole stack, and the source of each caller, at each of them
+script_callbacks.on_before_ui(steps.prepare_ui)
+script_callbacks.on_app_started(steps.prepare_app)
 script_callbacks.on_infotext_pasted(warn_of_what_is_not_pasted)
-script_callbacks.on_script_unloaded(remove_api)
-script_callbacks.on_script_unloaded(uninstall)
+script_callbacks.on_script_unloaded(steps.leave)
 install()
 
 

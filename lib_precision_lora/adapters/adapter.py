@@ -53,13 +53,18 @@ LARGEST = torch.finfo(torch.float32).max
 """The largest number that the arithmetic of a branch can hold, about 3.4e38."""
 
 
-def require_finite(name: str, **tensors: Tensor | None) -> None:
-    """Raise `AdapterError` if a factor holds NaN or inf: the sum would spread it over the whole image.
+def require_finite(name: str, **tensors: Tensor | None) -> tuple[float, ...]:
+    """The largest absolute element of each factor that is there, 0 of a complex one.
 
-    A finite fp64 value beyond fp32 is inf to all that is computed with it.
+    Raises `AdapterError` if one holds NaN or inf: the sum would spread it over the whole image. A finite fp64
+    value beyond fp32 is inf to all that is computed with it.
     """
+    sizes: list[float] = []
     for role, tensor in tensors.items():
         if tensor is None:
+            continue
+        sizes.append(0.0 if tensor.is_complex() else largest_size(tensor))
+        if sizes[-1] <= LARGEST and not tensor.is_complex():  # NaN is not
             continue
         finite = torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor)
         if not finite.all():
@@ -69,6 +74,15 @@ def require_finite(name: str, **tensors: Tensor | None) -> None:
                 f"{name}: {role} holds {count} {what} of {tensor.numel()}; "
                 "the file is damaged or its training diverged, use another epoch of it"
             )
+    return tuple(sizes)
+
+
+def largest_size(tensor: Tensor) -> float:
+    """`max |t|` of real numbers, in one pass that makes no other tensor; 0 of none, NaN where one is NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (float(end) for end in tensor.aminmax())
+    return max(-low, high) if low == low else low
 
 
 def require_number(what: str, number: float) -> None:

@@ -24,13 +24,14 @@ class LoRA:
     """`ΔW = scale · up · down`.
 
     up: [out, rank]; down: [rank, in · kernel]; scale = alpha / rank, or 1 where the file has no alpha.
-    A Tucker core (LoCon's `mid`) is folded into `down` when the file is read.
+    A Tucker core (LoCon's `mid`) is folded into `down` when the file is read. sizes: as in `LowRank`.
     """
 
     up: Tensor
     down: Tensor
     scale: float
     kind: str = "lora"
+    sizes: tuple[float, float] | None = None
 
     @property
     def rank(self) -> int:
@@ -47,7 +48,7 @@ class LoRA:
 
     @property
     def term(self) -> LowRank:
-        return LowRank(self.up, self.down)
+        return LowRank(self.up, self.down, self.sizes)
 
     def compose(self, running: Running, strength: float) -> tuple[Step, ...]:
         return add_term(self, running, strength)
@@ -74,14 +75,14 @@ def make_lora(
         raise AdapterError(f"{name}: the rank is zero, the file holds no LoRA for this layer")
     if alpha is not None and not math.isfinite(alpha):
         raise AdapterError(f"{name}: alpha is {alpha}; the file is damaged")
-    require_finite(name, lora_up=up, lora_down=down, lora_mid=mid)
+    up_size, down_size, *_ = require_finite(name, lora_up=up, lora_down=down, lora_mid=mid)
     if mid is not None:
         down = fold_tucker_core(name, mid, down)
-        require_finite(name, **{"lora_mid · lora_down": down})
+        (down_size,) = require_finite(name, **{"lora_mid · lora_down": down})
     up, down = up.flatten(1), down.flatten(1)
     if up.shape[1] != down.shape[0]:
         raise AdapterError(f"{name}: lora_up has rank {up.shape[1]} and lora_down has rank {down.shape[0]}")
-    return LoRA(up, down, 1.0 if alpha is None else alpha / rank)
+    return LoRA(up, down, 1.0 if alpha is None else alpha / rank, sizes=(up_size, down_size))
 
 
 def read_lora(name: str, tensors: Mapping[str, Tensor]) -> LoRA | None:

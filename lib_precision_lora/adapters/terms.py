@@ -18,10 +18,14 @@ from lib_precision_lora.strict_product import multiply
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """`up · down`; up: [rows, rank], down: [rank, columns], columns with the kernel."""
+    """`up · down`; up: [rows, rank], down: [rank, columns], columns with the kernel.
+
+    sizes: the largest absolute element of each, where that is known.
+    """
 
     up: Tensor
     down: Tensor
+    sizes: tuple[float, float] | None = None
 
     @property
     def rank(self) -> int:
@@ -36,7 +40,7 @@ class LowRank:
         return self.up, self.down
 
     def reordered(self, order: Tensor) -> LowRank:
-        return LowRank(self.up[order], self.down)
+        return LowRank(self.up[order], self.down, self.sizes)
 
     def rows(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """These rows, all columns: [rows, columns]."""

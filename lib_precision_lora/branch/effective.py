@@ -18,7 +18,7 @@ from lib_precision_lora.branch.identity import exact_identity
 from lib_precision_lora.branch.low_rank_form import LowRankForm, low_rank_form
 from lib_precision_lora.branch.memo import Memo
 from lib_precision_lora.branch.norms import Axis, squares
-from lib_precision_lora.branch.number_range import Factors, largest_element, require_range
+from lib_precision_lora.branch.number_range import Factors, bound_of, require_range
 from lib_precision_lora.branch.reading import Reader
 from lib_precision_lora.storage import StoredWeight
 
@@ -75,13 +75,14 @@ class EffectiveWeight:
         result = self
         for step in adapter.compose(self.running(start, length), strength):
             require_range(step, self.largest)
-            result = result.then(dataclasses.replace(step, start=step.start + start, stop=step.stop + start))
+            if start:
+                step = dataclasses.replace(step, start=step.start + start, stop=step.stop + start)
+            result = result.then(step)
         return result
 
     def largest(self, factors: Factors) -> float:
-        """A bound of the elements of a term: the product of the largest one of each of its tensors."""
-        key = "largest", tuple(id(tensor) for tensor in factors.tensors())
-        return self.memo.recall(key, factors, lambda: largest_element(factors))
+        """A bound of the elements of a term or an operator."""
+        return bound_of(self.memo, factors)
 
     def running(self, start: int, length: int) -> RunningRows:
         """What an adapter for these rows sees of the weight."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_precision_lora.adapters.adapter import largest_size
 from lib_precision_lora.strict_product import multiply
 
 DOWN_SUM_BOUND = 2.0**15
@@ -79,13 +80,15 @@ MODERATE = 40
 """Factors between 2^-MODERATE and 2^MODERATE cannot leave fp32's range on their way."""
 
 
-def balanced_factors(up: Tensor, down: Tensor) -> BalancedFactors:
+def balanced_factors(up: Tensor, down: Tensor, sizes: tuple[float, float] | None = None) -> BalancedFactors:
     """The factors as they are, or, where a bf16 or fp32 file goes to the edge of its range, balanced.
 
-    up: [out, rank], down: [rank, columns]. Only a power of two for each of the two moves to the exponent, so
-    nothing is rounded but what lies below fp32's normal range beside the largest element.
+    up: [out, rank], down: [rank, columns]; sizes: their largest absolute elements, where known. Only a power
+    of two for each of the two moves to the exponent, so nothing is rounded but what lies below fp32's normal
+    range beside the largest element.
     """
-    exponents = _extreme_exponent(up), _extreme_exponent(down)
+    up_size, down_size = (largest_size(up), largest_size(down)) if sizes is None else sizes
+    exponents = _extreme_exponent(up_size), _extreme_exponent(down_size)
     if exponents == (0, 0):
         return BalancedFactors(up, down, 0)
     up, down = (
@@ -95,11 +98,10 @@ def balanced_factors(up: Tensor, down: Tensor) -> BalancedFactors:
     return BalancedFactors(up, down, sum(exponents))
 
 
-def _extreme_exponent(factor: Tensor) -> int:
+def _extreme_exponent(size: float) -> int:
     """The e for which 2^-e brings the largest element to between 1/2 and 1, if it is far from there; else
     0."""
-    low, high = factor.aminmax()
-    exponent = math.frexp(max(float(high), -float(low)))[1]
+    exponent = math.frexp(size)[1]
     return 0 if abs(exponent) <= MODERATE else exponent
 
 

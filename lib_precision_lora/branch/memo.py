@@ -60,3 +60,7 @@ class Memo:
         self._kept = {key: value for key, value in self._kept.items() if key in wanted}
         self._made_of = {key: value for key, value in self._made_of.items() if key in wanted}
         self._used = set()
+
+    def keep_all(self) -> None:
+        """Forget nothing now; the next `keep_used` counts what is asked for from here on."""
+        self._used = set()

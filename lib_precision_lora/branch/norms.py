@@ -87,7 +87,7 @@ def squares(
         },
         lasting={(place, axis): (base, made_of[0].key)},
     )
-    total = form.base**2 * kept[base, made_of[0].key]
+    total = form.base * form.base * kept[base, made_of[0].key]
     size = total.sqrt()
     spread = torch.zeros_like(total)
     for part in made_of[1:]:
@@ -97,7 +97,7 @@ def squares(
         here = total.narrow(0, first, last - first)
         if len(scales) == 1:
             here.add_(2.0 * _part(form.base, first, last - first) * scales[0] * value[0])
-            spread.narrow(0, first, last - first).add_(scales[0] ** 2 * value[1])
+            spread.narrow(0, first, last - first).add_(scales[0] * scales[0] * value[1])
         else:
             twice = 1.0 if part.terms[0] is part.terms[1] else 2.0
             here.add_(twice * scales[0] * scales[1] * value)

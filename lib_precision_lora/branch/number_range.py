@@ -5,14 +5,17 @@ A strength of 1e39 is a finite number to Python and inf to a tensor, and so is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, require_number
+from lib_precision_lora.adapters.adapter import LARGEST, AdapterError, largest_size, require_number
 from lib_precision_lora.adapters.operators import Uniform
 from lib_precision_lora.adapters.steps import Add, Step
+from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.branch.memo import Memo
 
 
 class Factors(Protocol):
@@ -44,10 +47,19 @@ def require_range(step: Step, largest: Callable[[Factors], float]) -> None:
             )
 
 
+def bound_of(memo: Memo, factors: Factors) -> float:
+    """A bound of the elements of a term or an operator, looked for once: the product of the largest one of
+    each of its tensors."""
+    if isinstance(factors, LowRank) and factors.sizes is not None:
+        return math.prod(factors.sizes)
+    key = "largest", tuple(id(tensor) for tensor in factors.tensors())
+    return memo.recall(key, factors, lambda: largest_element(factors))
+
+
 def largest_element(factors: Factors) -> float:
     """The product of the largest absolute element of each tensor."""
     product = 1.0
     for tensor in factors.tensors():
         if tensor.numel():
-            product *= float(tensor.abs().amax())
+            product *= largest_size(tensor)
     return product

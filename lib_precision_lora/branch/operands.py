@@ -116,12 +116,20 @@ class WeightBranch:
 
     def restrength(self, other: WeightBranch) -> None:
         """Take the strengths of a branch of equal structure; the factors stay where they are."""
-        self.steps, self.pieces, self.bias = other.steps, other.pieces, other.bias
+        self.pieces, self.bias = other.pieces, other.bias
+        self.take_steps(other.steps)
+
+    def take_steps(self, steps: tuple[Add | Left, ...]) -> None:
+        """Take steps that differ from those that there are in strengths only."""
+        self.steps = steps
         if self._made_for is None or self._operands is None:
             return
         if isinstance(self._operands, PlainStack):
-            made = self._operands.with_strengths(low_rank(self.steps))
+            made = self._operands.with_strengths(low_rank(steps))
             self._operands = self._kept(made, self._made_for[0])
+        elif self.bias is None and is_plain(steps, self.pieces):
+            made_again = dataclasses.replace(self._operands, scale=self._scale())
+            self._operands = self._kept(made_again, self._made_for[0])
         else:
             self._operands = self._assemble(self._operands.product, self._made_for[0])
 
@@ -212,10 +220,7 @@ class WeightBranch:
     def _assemble(self, product: Product, device: torch.device) -> Operands:
         assert self._copies is not None
         copies, home = self._copies, self._copies.device
-        down = scale = None
-        if self._stack is not None:
-            down = self._stack.down
-            scale = column_scales(low_rank(self.steps)).to(home) * self._stack.exponents
+        down = None if self._stack is None else self._stack.down
         turned = any(piece.turns for piece in self.pieces)
         pieces = tuple(
             dataclasses.replace(
@@ -237,7 +242,14 @@ class WeightBranch:
             ProductCost.of(product, device, self.convolution),
             self.convolution,
         )
-        return self._kept(Operands(product, down, scale, phases, pieces, bias, plain, size), device)
+        return self._kept(Operands(product, down, self._scale(), phases, pieces, bias, plain, size), device)
+
+    def _scale(self) -> Tensor | None:
+        """Of each rank of the stack, where there is one."""
+        if self._stack is None:
+            return None
+        exponents = self._stack.exponents
+        return column_scales(low_rank(self.steps)).to(exponents.device) * exponents
 
     def _kept(self, made: Made, device: torch.device) -> Made:
         """As it waits at home: what is streamed to a card, in memory from which a card copies by itself."""

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add
-from lib_precision_lora.branch.factors import balanced_factors
 from lib_precision_lora.branch.parts import in_parts
 from lib_precision_lora.branch.plain_form import WIDENED_BYTES, PlainForm
-from lib_precision_lora.branch.stack import UpBlock, rank_of, stack_columns, turned_factors
+from lib_precision_lora.branch.stack import UpBlock, balanced_addition, rank_of, stack_columns, turned_factors
 from lib_precision_lora.memory.chunks import FP32, WORKSPACE_BYTES
 
 LARGEST_FACTOR = 2.0**60
@@ -133,7 +132,7 @@ def build_plain(
     """
     downs, ups, exponents = [], [], []
     for step in additions:
-        up, down, powers = _in_range(form, *turned_factors(step))
+        up, down, powers = _in_range(form, step)
         exponents += powers
         downs.append(in_parts(down.to(device), form.activations, form.down_parts))
         ups.append(in_parts(up.to(device), form.activations, form.up_parts))
@@ -158,15 +157,16 @@ def build_plain(
     )
 
 
-def _in_range(form: PlainForm, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def _in_range(form: PlainForm, step: Add) -> tuple[Tensor, Tensor, list[int]]:
     """`up · down = up' · diag(2^e) · down'`: the factors for the form's products, and e for each rank.
 
     In fp16 the largest element of each row of down' and of each column of up' lies in [0.5, 1); where hidden
     is fp16, too, it is the sum of absolute elements for the rows of down'.
     """
     if form.activations != torch.float16:
-        balanced = balanced_factors(up, down)
-        return balanced.up, balanced.down, [balanced.exponent] * down.shape[0]
+        balanced = balanced_addition(step)
+        return balanced.up, balanced.down, [balanced.exponent] * balanced.down.shape[0]
+    up, down = turned_factors(step)
     sizes = down.abs().sum(1, dtype=torch.float64) if form.narrow else _largest(down, 1)
     down_exponents, up_exponents = _exponents(sizes), _exponents(_largest(up, 0))
     return (

@@ -46,6 +46,7 @@ from lib_precision_lora.branch.shadow import Shadow
 from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.branch.sketch import SketchedWeight
 from lib_precision_lora.branch.streaming import FactorStream
+from lib_precision_lora.branch.strengths import exchange_strengths
 from lib_precision_lora.branch.undo import Undo, run_all, run_back
 from lib_precision_lora.ticks import Step, Steps, Tick, untold
 
@@ -75,6 +76,7 @@ class PatchSession:
         self._memo = Memo()
         self._stream = FactorStream()
         self._patches: tuple[Patch, ...] = ()
+        self._mode: tuple[Compute, DensePolicy] | None = None
 
     def apply(
         self, items: Sequence[PatchItem], compute: Compute = "auto", dense: DensePolicy = "branch"
@@ -101,6 +103,13 @@ class PatchSession:
         for the next time.
         """
         self._stream.forget()
+        mode = compute, dense
+        if mode == self._mode and exchange_strengths(
+            self._living_model(), self._attached, self._patches, patches, self._memo, tick
+        ):
+            self._memo.keep_all()
+            self._patches = tuple(patches)
+            return
         undo: Undo = []
         # each patch is read once; each parameter is made ready once, and put in its place
         step = Steps(len(patches) + 2 * len({patch.target.parameter for patch in patches}), tick)
@@ -122,7 +131,7 @@ class PatchSession:
             raise
         self._fitted.keep_used()
         self._memo.keep_used()
-        self._patches = tuple(patches)
+        self._patches, self._mode = tuple(patches), mode
 
     def clear(self) -> None:
         """Take everything off; the model's parameters are the objects they were. Each part of it is done,

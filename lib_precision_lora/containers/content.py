@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+SAID_DIGEST = "sshs_model_hash"
+"""Under this key a header says the digest of the weights."""
+
 
 class ContainerError(ValueError):
     """A file that cannot be read: a sentence without the file's name, which says what to do."""
@@ -22,8 +25,8 @@ class LoraContent(Mapping[str, Tensor]):
 
     tensors: the same, on the CPU, each with memory of its own unless the file shares it; metadata: that of a
     safetensors header, empty for other files; digest: SHA-256 of the whole file, in hexadecimal digits;
-    weights_digest: the same of a safetensors file without its header (AutoV3, as model sites name it), and
-    of other files the digest.
+    weights_digest: the same of a safetensors file without its header (AutoV3, as model sites name it), if the
+    header says one; of torch files the digest.
 
     The digests are those of the very bytes that the tensors come from.
     """
@@ -44,9 +47,9 @@ class LoraContent(Mapping[str, Tensor]):
 
     @property
     def listed_digest(self) -> str:
-        """The one that a WebUI shows: what the header says (`sshs_model_hash`) where that is true, else the
+        """The one that a WebUI shows: what the header says where that is true, else the
         digest."""
-        said = self.metadata.get("sshs_model_hash")
+        said = self.metadata.get(SAID_DIGEST)
         return self.weights_digest if said == self.weights_digest else self.digest
 
     @property

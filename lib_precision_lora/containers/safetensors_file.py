@@ -9,7 +9,7 @@ from typing import BinaryIO
 import torch
 
 from lib_precision_lora.containers.bounds import MOST_AXES, MOST_TENSORS
-from lib_precision_lora.containers.content import ContainerError, LoraContent
+from lib_precision_lora.containers.content import SAID_DIGEST, ContainerError, LoraContent
 from lib_precision_lora.containers.stream import Room, fill
 from lib_precision_lora.memory.safetensors_header import read_safetensors_header
 from lib_precision_lora.memory.tensors import Header, HeaderError, StoredTensor
@@ -54,9 +54,9 @@ def read_safetensors(name: str, file: BinaryIO, size: int, tick: Tick) -> LoraCo
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.stored])
         tensors[key] = tensor
         rooms.append(Room(stored.offset, tensor))
-    start = size - sum(stored.nbytes for stored in header.tensors.values())
-    digests = fill(file, size, rooms, start, tick)
     metadata = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
+    start = size - sum(stored.nbytes for stored in header.tensors.values())
+    digests = fill(file, size, rooms, tick, start if SAID_DIGEST in metadata else None)
     return LoraContent(tensors, metadata, digests.whole, digests.weights)
 
 

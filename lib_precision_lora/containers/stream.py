@@ -1,9 +1,9 @@
-"""One pass over a file: what belongs to tensors goes to its place, and every byte is hashed on the way."""
+"""One pass over a file: what belongs to tensors goes to its place, and every byte is hashed beside it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_precision_lora.containers.bounds import CHUNK_BYTES
 from lib_precision_lora.containers.content import ContainerError
+from lib_precision_lora.containers.hashing import Hashing
 from lib_precision_lora.ticks import Tick
 
 
@@ -29,20 +30,22 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """SHA-256 in hexadecimal digits: of the whole file, and from the first byte of the weights on."""
+    """SHA-256 in hexadecimal digits: of the whole file, and from the first byte of the weights on (empty
+    where nobody asks)."""
 
     whole: str
     weights: str
 
 
-def fill(file: BinaryIO, size: int, rooms: Sequence[Room], weights_start: int, tick: Tick) -> Digests:
+def fill(
+    file: BinaryIO, size: int, rooms: Sequence[Room], tick: Tick, weights_start: int | None = None
+) -> Digests:
     """Read a file of this many bytes once, from its first to its last.
 
-    rooms: in any order, none over another, each within the file; tick: told before each chunk, in bytes.
+    rooms: in any order, none over another, each within the file; tick: told before each chunk, in bytes;
+    weights_start: where the bytes of the second digest begin, None without one.
     Raises `ContainerError` where the file has become shorter.
     """
-    whole, weights = hashlib.sha256(), hashlib.sha256()
-    beside = bytearray(min(CHUNK_BYTES, _widest_gap(rooms, size)))
     here = 0
 
     def read(target: memoryview) -> None:
@@ -55,33 +58,28 @@ def fill(file: BinaryIO, size: int, rooms: Sequence[Room], weights_start: int, t
                     f"the file is truncated: it had {size} bytes and ends at {here}; download or copy it "
                     "again"
                 )
-            read_now = target[:count]
-            whole.update(read_now)
-            if here + count > weights_start:
-                weights.update(read_now[max(0, weights_start - here) :])
+            whole.feed(target[:count])
+            if weights is not None and here + count > start:
+                weights.feed(target[max(0, start - here) : count])
             here += count
             target = target[count:]
 
     def pass_by(end: int) -> None:
         while here < end:
-            read(memoryview(beside)[: end - here])
+            read(memoryview(bytearray(min(CHUNK_BYTES, end - here))))
 
     file.seek(0)
-    for room in sorted((room for room in rooms if room.tensor.nbytes), key=lambda room: room.offset):
-        pass_by(room.offset)
-        read(bytes_of(room.tensor))
-    pass_by(size)
-    return Digests(whole.hexdigest(), weights.hexdigest())
+    start = 0 if weights_start is None else weights_start
+    with ExitStack() as threads:
+        whole = threads.enter_context(Hashing())
+        weights = None if weights_start is None else threads.enter_context(Hashing())
+        for room in sorted((room for room in rooms if room.tensor.nbytes), key=lambda room: room.offset):
+            pass_by(room.offset)
+            read(bytes_of(room.tensor))
+        pass_by(size)
+        return Digests(whole.digest(), "" if weights is None else weights.digest())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _widest_gap(rooms: Sequence[Room], size: int) -> int:
-    edges = sorted((room.offset, room.end) for room in rooms)
-    starts = [0, *(end for _, end in edges)]
-    return max(
-        stop - start for start, stop in zip(starts, [*(start for start, _ in edges), size], strict=True)
-    )

@@ -101,7 +101,7 @@ def _old_places(
 def _filled(
     file: BinaryIO, size: int, tensors: Mapping[str, Tensor], rooms: Sequence[Room], tick: Tick
 ) -> LoraContent:
-    digests = fill(file, size, rooms, 0, tick)
+    digests = fill(file, size, rooms, tick)
     return LoraContent(tensors, {}, digests.whole, digests.whole)
 
 

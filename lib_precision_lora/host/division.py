@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -20,8 +21,8 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import Patch, PatchError
-from lib_precision_lora.branch.sites import find_site
-from lib_precision_lora.host.matching import target_shape
+from lib_precision_lora.branch.sites import Site, find_site
+from lib_precision_lora.host.matching import shape_at, shape_of_rows
 from lib_precision_lora.storage import StorageError
 
 logger = logging.getLogger("lib_precision_lora")
@@ -62,11 +63,12 @@ class Division:
                 for entry in stack:
                     adapters[id(entry[1])] = entry[1], self._adapter(name, entry[1])
         self._made = adapters
+        layer = functools.cache(functools.partial(_layer, model))
         foreign = {
             name
             for patches in host_patches.values()
             for name, stack in patches.items()
-            if not all(self._understood(model, name, entry) for entry in stack)
+            if not all(self._understood(layer(name), name, entry) for entry in stack)
         }
         ours = [
             Patch(
@@ -109,24 +111,37 @@ class Division:
             logger.exception("a patch of another extension is left to the WebUI: %s", error)
             return None
 
-    def _understood(self, model: nn.Module, name: str, entry: Sequence[Any]) -> bool:
+    def _understood(self, layer: Layer | None, name: str, entry: Sequence[Any]) -> bool:
         _, value, _, offset, function = entry
         adapter = self._made[id(value)][1]
-        if adapter is None:
+        if adapter is None or layer is None:
             return False
+        site, whole = layer
         try:
             target = _target(name, offset, function)
-            shape = target_shape(model, target)
+            shape = shape_of_rows(whole, target)
             if _widens(value):
                 channels_of(adapter, shape)
             else:
                 adapter.check(shape)
         except (AdapterError, StorageError, AttributeError, AssertionError):
             return False
-        site = find_site(model, name)
         if site.kind == "shadow" and not site.parameter.is_floating_point():
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
+
+
+Layer = tuple[Site, tuple[int, ...]]
+"""A parameter's place, and its shape."""
+
+
+def _layer(model: nn.Module, name: str) -> Layer | None:
+    """None where the model has no such parameter, or one of a format that is not understood."""
+    try:
+        site = find_site(model, name)
+        return site, shape_at(model, site, name)
+    except (AdapterError, StorageError, AttributeError, AssertionError):
+        return None
 
 
 def _widens(value: Any) -> bool:

@@ -25,6 +25,7 @@ from lib_precision_lora.branch.rescue import Rescue, Trial
 from lib_precision_lora.branch.sites import Site
 from lib_precision_lora.host.blame import blamed, problem_of
 from lib_precision_lora.host.division import Division, HostPatches, flat, only, source_of, unreadable
+from lib_precision_lora.host.planned_strengths import at_planned_strength
 from lib_precision_lora.host.progress import Interrupted
 from lib_precision_lora.host.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -125,14 +126,19 @@ class HostedSession:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Mapping[str, Footprint]:
-        """What each module's branch would take, of these patches. Raises `PatchError` as attaching does."""
-        signature = arithmetic, device, dtype, *flat(host_patches)
-        if self._sketched is None or self._sketched[0] != signature:
-            ours, _ = self._division.divide(model, host_patches)
-            sketched = self._session.footprints(
-                ours, arithmetic.compute, device, dtype, _policy(model, arithmetic), self._fitted
-            )
-            self._sketched = signature, sketched
+        """What each module's branch would take, of these patches, found once for all strengths of additions.
+
+        Raises `PatchError` as attaching does.
+        """
+        asked = host_patches, at_planned_strength(host_patches)
+        signatures = [(arithmetic, device, dtype, *flat(patches)) for patches in asked]
+        if self._sketched is None or self._sketched[0] not in signatures:
+            mode = arithmetic.compute, device, dtype, _policy(model, arithmetic), self._fitted
+            (given, exact), (planned, every) = zip(asked, signatures, strict=True)
+            try:
+                self._sketched = every, self._session.footprints(self._ours(model, planned), *mode)
+            except PatchError:
+                self._sketched = exact, self._session.footprints(self._ours(model, given), *mode)
         return self._sketched[1]
 
     def leave_out(self, error: Exception, trial: Trial | None) -> bool:
@@ -315,6 +321,9 @@ class HostedSession:
             raise refused[0]
         self._apply(ours, arithmetic.compute, _policy(model, arithmetic), tick)
         self.host_layers = {source_of(key): len(patches) for key, patches in theirs.items()}
+
+    def _ours(self, model: nn.Module, host_patches: HostPatches) -> list[Patch]:
+        return self._division.divide(model, host_patches)[0]
 
     def _merge(
         self, theirs: HostPatches, merge: Callable[[HostPatches], None], suspects: Sequence[str] = ()

@@ -21,7 +21,7 @@ from lib_precision_lora.adapters import (
 from lib_precision_lora.adapters.adapter import require_finite
 from lib_precision_lora.adapters.ia3 import IA3
 from lib_precision_lora.adapters.key_map import complete_key_map
-from lib_precision_lora.branch.sites import find_parameter, find_site
+from lib_precision_lora.branch.sites import Site, find_parameter, find_site
 from lib_precision_lora.host.files import FileProblem
 from lib_precision_lora.host.mismatch import why_nothing_matches
 from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of, model_of
@@ -222,8 +222,16 @@ def target_shape(model: nn.Module, target: Target) -> tuple[int, ...]:
 
     Raises `AdapterError` for rows that the weight does not have, `StorageError` for an unknown format.
     """
-    site = find_site(model, target.parameter)
-    shape = stored_weight(own_parameter(model, target.parameter, site.parameter), site.module).shape
+    return shape_of_rows(shape_at(model, find_site(model, target.parameter), target.parameter), target)
+
+
+def shape_at(model: nn.Module, site: Site, name: str) -> tuple[int, ...]:
+    """The shape of the weight at a site, of a parameter of this name. Raises `StorageError`."""
+    return stored_weight(own_parameter(model, name, site.parameter), site.module).shape
+
+
+def shape_of_rows(shape: tuple[int, ...], target: Target) -> tuple[int, ...]:
+    """That of the target's rows of a weight of this shape. Raises `AdapterError` where it lacks them."""
     if target.rows is None:
         return shape
     start, length = target.rows

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
+from lib_precision_lora.branch.undo import run_all
 from lib_precision_lora.host import binding, infotext
 from lib_precision_lora.host.arguments import wanted
 from lib_precision_lora.host.generations import COMPUTE_NAMES, GENERATIONS, log_report
-from lib_precision_lora.host.xyz import AXES
+from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.xyz import AXES, add_axes
 from lib_precision_lora.ui.choices import AS_SET, OURS
 
 logger = logging.getLogger("lib_precision_lora")
+
+
+def prepare_ui() -> None:
+    """Before the page is made, or the API alone: our settings, and our axes of the plot."""
+    register_settings()
+    add_axes()
+
+
+def prepare_app(page: Any, app: Any) -> None:
+    """The routes, where the WebUI was started with `--api`: without it, nothing of them is imported."""
+    from modules import shared
+
+    if shared.cmd_opts.api:
+        from lib_precision_lora.host.api import add_api
+
+        add_api(page, app)
+
+
+def leave() -> None:
+    """The WebUI lets go of the script: nothing of ours stays in its own parts."""
+    routes = sys.modules.get("lib_precision_lora.host.api")
+    run_all([binding.uninstall, *([] if routes is None else [routes.remove_api])])
 
 
 def make_ui(script: Any) -> list[Any] | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_precision_lora.adapters import AdapterError, LoRA, make_lora, read_adapters
 
@@ -102,3 +106,41 @@ def test_a_factor_that_overflows_while_a_core_is_folded_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"layer: .*NaN or inf"):
         make_lora("layer", UP, torch.full((2, 5), 1e30), None, huge)
     assert isinstance(make_lora("layer", UP, DOWN, None, huge), LoRA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", [0, 17, 63, 64, 998])
+def test_one_value_that_is_not_finite_is_found_wherever_it_lies(
+    place: int, value: float, dtype: torch.dtype
+) -> None:
+    up = torch.ones(999, 1, dtype=dtype)
+    up[place] = value
+    with pytest.raises(AdapterError, match="lora_up holds 1 NaN or inf values of 999"):
+        make_lora("layer", up, torch.ones(1, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_each_factor_is_looked_at_in_one_pass_that_makes_nothing_of_its_size(dtype: torch.dtype) -> None:
+    up, down = torch.ones(96, 8, dtype=dtype), torch.ones(8, 64, dtype=dtype)
+    with Passes() as passes:
+        make_lora("layer", up, down)
+    assert passes.over == {up.numel(): 1, down.numel(): 1}
+    assert passes.largest_made == 1
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operations that read a whole tensor, by its size, and the elements of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over: Counter[int] = Counter()
+        self.largest_made = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if not function.is_view and args[0].numel() > 1:
+            self.over[args[0].numel()] += 1
+            parts = made if isinstance(made, tuple) else (made,)
+            self.largest_made = max(self.largest_made, *(part.numel() for part in parts))
+        return made

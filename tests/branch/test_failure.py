@@ -86,7 +86,7 @@ def test_an_exception_at_any_point_leaves_everything_as_it_was(
     ("owner", "name"),
     [
         (operands.WeightBranch, "restrength"),
-        (operands.WeightBranch, "_assemble"),
+        (operands.WeightBranch, "_scale"),
         (norm.NormBranch, "restrength"),
         (session_module, "same_structure"),
     ],

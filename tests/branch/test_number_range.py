@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.adapters import AdapterError, make_lora, read_adapters
+from lib_precision_lora.adapters import AdapterError, LoRA, make_lora, read_adapters
+from lib_precision_lora.adapters.steps import Add
 from lib_precision_lora.branch import PatchError, PatchSession
+from lib_precision_lora.branch.factors import balanced_factors
+from lib_precision_lora.branch.stack import balanced_addition, turned_factors
 from tests.branch.hosts import Holder
 from tests.families import FAMILIES, family
 
@@ -56,6 +59,16 @@ def test_an_alpha_beyond_fp32_is_refused_where_it_is_attached(alpha: float, stre
     require_refused(a_layer(), file, strength, r"file: layer layer\.weight: ")
 
 
+@pytest.mark.parametrize("shape", [(OUT, 1), (1, IN)], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("alpha", [1e160, 1e300])
+def test_an_alpha_beyond_fp32_is_refused_beside_a_magnitude_whose_norm_it_is_in(
+    shape: tuple[int, int], alpha: float
+) -> None:
+    scale = {"layer.alpha": torch.tensor(alpha, dtype=torch.float64), "layer.dora_scale": torch.ones(shape)}
+    file = read_adapters({**tensors(), **scale}, None)
+    require_refused(a_layer(), file, 1.0, r"file: layer layer\.weight: ")
+
+
 @pytest.mark.parametrize("role", ["lora_up", "lora_down"])
 def test_a_factor_in_fp64_that_fp32_does_not_hold_is_refused(role: str) -> None:
     damaged = tensors(dtype=torch.float64)
@@ -99,3 +112,43 @@ def test_large_numbers_that_fit_are_applied_exactly(
         y = model(x)
     assert torch.isfinite(y).all()
     assert float((y.double() - exact).norm()) <= 2e-3 * float(exact.norm())
+
+
+def test_factors_are_looked_at_once_from_file_to_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    whole = torch.Tensor.aminmax
+
+    def counted(self: torch.Tensor, **given: Any) -> Any:
+        looked_at.append(self.numel())
+        return whole(self, **given)
+
+    monkeypatch.setattr(torch.Tensor, "aminmax", counted)
+    file = read_adapters(tensors(dtype=torch.bfloat16), None)
+    assert looked_at == [OUT * 4, 4 * IN]
+    model = a_layer()
+    with PatchSession(model) as session:
+        session.apply([("file", file, 1.0)])
+        model(torch.ones(2, IN))
+        session.apply([("file", file, 0.5), ("again", file, 0.5)])
+        model(torch.ones(2, IN))
+    assert looked_at == [OUT * 4, 4 * IN]
+
+
+@pytest.mark.parametrize("rows", [None, (0, 16), (8, 16)])
+def test_a_part_of_large_factors_is_balanced_by_its_own_numbers(rows: tuple[int, int] | None) -> None:
+    """One row of 2^60 is not where the part is; what is known of the whole says nothing of it."""
+    raw = tensors()
+    raw["layer.lora_up.weight"][31] = 2.0**60
+    lora = read_adapters(raw, None)["layer"]
+    assert isinstance(lora, LoRA)
+    step = Add(0, OUT, lora.term, 1.0) if rows is None else Add(*_range(rows), lora.term, 1.0, rows[0])
+    made, (up, down) = balanced_addition(step), turned_factors(step)
+    found = balanced_factors(up, down)
+    assert (made.exponent, made.up.dtype) == (found.exponent, found.up.dtype)
+    assert made.exponent == (61 if rows is None else 0)
+    assert torch.equal(made.up, found.up)
+    assert torch.equal(made.down, found.down)
+
+
+def _range(rows: tuple[int, int]) -> tuple[int, int]:
+    return rows[0], sum(rows)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lib_precision_lora.containers import ContainerError, read_lora, stream
+from lib_precision_lora.containers import ContainerError, hashing, read_lora, stream
 from lib_precision_lora.containers.safetensors_file import DTYPES, read_safetensors
 from lib_precision_lora.ticks import untold
 
@@ -66,9 +67,14 @@ def test_tensors_and_metadata_are_the_librarys(
     assert read.held_bytes == sum(value.nbytes for value in written.values())
 
 
-def test_digests_are_those_of_the_bytes_with_and_without_the_header(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 100, 2**22])
+def test_digests_are_those_of_the_bytes_with_and_without_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(hashing, "AT_ONCE", at_once)
     path = tmp_path / "lora.safetensors"
-    safetensors.torch.save_file({"a": torch.randn(100), "b": torch.randn(3)}, path, {"x": "y"})
+    written = {"a": torch.randn(100), "b": torch.randn(3)}
+    safetensors.torch.save_file(written, path, {"sshs_model_hash": "of another file"})
     content = path.read_bytes()
     behind = content[8 + int.from_bytes(content[:8], "little") :]
     read = read_lora(path)
@@ -76,6 +82,42 @@ def test_digests_are_those_of_the_bytes_with_and_without_the_header(tmp_path: Pa
     assert read.weights_digest == hashlib.sha256(behind).hexdigest()
     assert read.digest != read.weights_digest
     assert read.listed_digest == read.digest
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_weights_are_hashed_a_second_time_only_where_the_header_says_their_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    fed: list[int] = []
+    feed = hashing.Hashing.feed
+
+    def counted(self: hashing.Hashing, content: memoryview) -> None:
+        fed.append(len(content))
+        feed(self, content)
+
+    monkeypatch.setattr(hashing.Hashing, "feed", counted)
+    path = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1000)}, path, {"sshs_model_hash": "x"} if said else None)
+    read = read_lora(path)
+    assert sum(fed) == path.stat().st_size + (4000 if said else 0)
+    assert (read.weights_digest != "") == said
+
+
+def test_a_reading_that_is_given_up_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "AT_ONCE", 1)
+    path = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1000), "b": torch.ones(1000)}, path)
+    during: list[int] = []
+    before = threading.active_count()
+
+    def give_up(done: int, total: int) -> None:
+        during.append(threading.active_count())
+        if done > 4000:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        read_lora(path, give_up)
+    assert (max(during), threading.active_count()) == (before + 1, before)
 
 
 @pytest.mark.parametrize("true", [True, False])

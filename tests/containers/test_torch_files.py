@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_precision_lora.containers import PickleError, read_lora
+from lib_precision_lora.containers import PickleError, hashing, read_lora
 
 FORMS: dict[str, dict[str, Any]] = {
     "zip": {},
@@ -59,7 +59,11 @@ def tensors() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_values_are_those_that_were_saved(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("at_once", [1, 2**22])
+def test_the_values_are_those_that_were_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, at_once: int
+) -> None:
+    monkeypatch.setattr(hashing, "AT_ONCE", at_once)
     written = tensors()
     torch.save(OrderedDict(written), tmp_path / "lora.pt", **FORMS[form])
     read = read_lora(tmp_path / "lora.pt")

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from mmap import PAGESIZE, mmap
 from pathlib import Path
 from random import Random
 
@@ -65,8 +64,8 @@ def _work(folder: Path) -> None:
 
 
 def _take(folder: Path) -> None:
-    with mmap(-1, 32 * MIB) as taken:  # new memory: an allocator may have some left over
-        for start in range(0, len(taken), PAGESIZE):
+    with mmap.mmap(-1, 32 * MIB) as taken:  # new memory: an allocator may have some left over
+        for start in range(0, len(taken), mmap.PAGESIZE):
             taken[start] = 1
 
 

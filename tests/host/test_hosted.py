@@ -6,11 +6,14 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from lib_precision_lora.adapters import Adapter, to_forge_patch
 from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.branch.sites import Site, find_site
+from lib_precision_lora.host import division
 from lib_precision_lora.host.hosted import HostedSession, StillMerged
 from lib_precision_lora.host.settings import Arithmetic
 from tests.families import family
@@ -102,3 +105,23 @@ def test_a_norm_is_read_anew_where_the_host_has_put_another_base_under_the_same_
     with PatchSession(model) as fresh:
         fresh.apply([item])
         assert torch.equal(model["linear"](x), after)
+
+
+def test_each_layer_is_looked_up_once_however_many_files_patch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+
+    def counted(model: nn.Module, name: str) -> Site:
+        looked_up.append(name)
+        return find_site(model, name)
+
+    monkeypatch.setattr(division, "find_site", counted)
+    patches = {
+        identifier(f"file {number}"): {
+            "linear.weight": [entry(ours("lora", (16, 8))), entry(ours("loha", (16, 8)))],
+            "words.weight": [entry(ours("lora", (16, 8)))],
+        }
+        for number in range(3)
+    }
+    mine, theirs = division.Division().divide(small_model(), patches)
+    assert (len(mine), theirs) == (9, {})
+    assert sorted(looked_up) == ["linear.weight", "words.weight"]

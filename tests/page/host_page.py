@@ -49,7 +49,7 @@ def input_accordion(value: bool, label: str, elem_id: str) -> Iterator[gr.Checkb
 def page_modules() -> dict[str, ModuleType]:
     """By the host's names."""
     scripts = ModuleType("modules.scripts")
-    scripts.Script, scripts.AlwaysVisible = Script, object()
+    scripts.Script, scripts.AlwaysVisible, scripts.scripts_data = Script, object(), []
     components = ModuleType("modules.ui_components")
     components.InputAccordion = input_accordion
     callbacks = ScriptCallbacks()

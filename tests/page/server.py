@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
         modules = page_modules()
         sys.modules.update(modules)
         extension = load_extension()
-        for register in modules["modules.script_callbacks"].registered["ui_settings"]:
+        for register in modules["modules.script_callbacks"].registered["before_ui"]:
             register()
         jobs = start_jobs(host, folder, patch, make=lambda *found: PageJobs(*found, loras=[CATS, DOGS]))
         jobs.run()
