@@ -15,7 +15,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.family_files import FILES, FamilyFile, Sizes
+from benchmarks.interleave import now
 from lib_precision_lora.adapters import Adapter, read_adapters
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.memory.meter import ByteMeter
@@ -120,9 +120,9 @@ def run_counted(layer: nn.Module, x: Tensor) -> tuple[int, int, int]:
 
 
 def timed(run: Callable[[Tensor], object], x: Tensor) -> float:
-    start = time.perf_counter()
+    start = now()
     run(x)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def markdown(sizes: Sizes, costs: Sequence[Cost]) -> str:

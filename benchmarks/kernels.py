@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,11 +24,12 @@ NO_KERNEL_NAMESPACES = ("prim", "prims")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One operation. flops: of a product or a convolution; 0 for any other."""
+    """One operation. flops: of a product or a convolution; 0 for any other; fp32: its operands are."""
 
     name: str
     bytes: int
     flops: int = 0
+    fp32: bool = False
 
 
 class KernelCounter(TorchDispatchMode):
@@ -53,7 +55,8 @@ class KernelCounter(TorchDispatchMode):
         if _is_kernel(func):
             given = {name: value for name, value in kwargs.items() if name != "out"}
             moved = sum(touched_bytes(tensor) for tensor in _tensors((args, given, result)))
-            self.kernels.append(Kernel(str(func), moved, _flops(func, args, kwargs, result)))
+            fp32 = any(tensor.dtype == torch.float32 for tensor in _tensors((args, given)))
+            self.kernels.append(Kernel(str(func), moved, _flops(func, args, kwargs, result), fp32))
         return result
 
 

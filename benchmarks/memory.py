@@ -4,20 +4,23 @@
 
 Bytes of tensors that are alive at once beyond the layer's own, on the CPU, counted by `memory.meter`. One
 double block's image stream and one single block, bf16 activations. Streamed: a layer's factors at a time,
-those in RAM not counted; on a card the next layer's are there too.
+those in RAM not counted; on a card the next layer's are there too. Beside the meter, the kernel's own count
+of the peak while factors are placed and a forward runs (Linux), of a process in which nothing else was done.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from benchmarks.flux_layers import ONE_TOKEN, SHAPES, flux_layers, inputs, loras
+from benchmarks.resident import peak_resident
 from lib_precision_lora.adapters import LoRA
 from lib_precision_lora.branch import Patch, PatchSession
 from lib_precision_lora.memory.meter import ByteMeter
@@ -32,7 +35,10 @@ MERGE_SIDE = 2048
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's bytes; resident: placing, then a forward; streamed: a forward."""
+    """One layer's bytes; resident: placing, then a forward; streamed: a forward.
+
+    resident_peak: of the first two, the kernel's count for a process of its own (`resident.py`).
+    """
 
     name: str
     rows: int
@@ -45,6 +51,7 @@ class Layer:
     streamed_planned: int
     streamed_measured: int
     merge_transient: int
+    resident_peak: int | None
 
 
 def merge_bytes_per_parameter() -> float:
@@ -60,17 +67,20 @@ def merge_bytes_per_parameter() -> float:
 
 def measure(files: int, rank: int, tokens: int) -> list[Layer]:
     """Every layer alone: factors of several layers add up, and of their workspaces one is there at a time."""
+    patches: dict[str, list[Patch]] = {name: [] for name in SHAPES}
+    for patch in loras(files, rank):
+        patches[patch.target.parameter.removesuffix(".weight")].append(patch)
+    peaks = {  # first, while no heap is in pieces
+        name: peak_resident(functools.partial(ready_to_run, name, own, tokens))
+        for name, own in patches.items()
+    }
     per_parameter = merge_bytes_per_parameter()
-    patches = loras(files, rank)
-    return [
-        measure_layer(
-            name, [p for p in patches if p.target.parameter == f"{name}.weight"], tokens, per_parameter
-        )
-        for name in SHAPES
-    ]
+    return [measure_layer(name, own, tokens, per_parameter, peaks[name]) for name, own in patches.items()]
 
 
-def measure_layer(name: str, patches: Sequence[Patch], tokens: int, per_parameter: float) -> Layer:
+def measure_layer(
+    name: str, patches: Sequence[Patch], tokens: int, per_parameter: float, resident_peak: int | None
+) -> Layer:
     model = flux_layers(CPU)
     session, x = PatchSession(model), inputs(name, tokens, CPU)
     planned = session.footprints(patches, "auto", CPU, x.dtype)[name]
@@ -99,19 +109,38 @@ def measure_layer(name: str, patches: Sequence[Patch], tokens: int, per_paramete
         planned.factor_bytes + planned.workspace_bytes(count),
         streaming.peak,
         int(per_parameter * SHAPES[name][0] * SHAPES[name][1]),
+        resident_peak,
     )
+
+
+def ready_to_run(name: str, patches: Sequence[Patch], tokens: int) -> Callable[[], None]:
+    """What places the layer's factors and runs it, which was done once with few tokens."""
+    model, x = flux_layers(CPU), inputs(name, tokens, CPU)
+    session = PatchSession(model)
+    session.apply_patches(patches)
+    output = model[name].forward(x).zero_()
+    model[name].forward = lambda x: output[:, : x.shape[1]]
+
+    def run(x: torch.Tensor) -> None:
+        with torch.no_grad():
+            session.place(CPU, x.dtype)
+            model[name](x)
+
+    run(x[:, :64])
+    session.release()
+    return lambda: run(x)
 
 
 def table(layers: Sequence[Layer]) -> str:
     """MiB, as Markdown."""
     lines = [
         "| layer | shape | tokens | factors planned | measured | workspace planned | measured "
-        "| streamed planned | measured | stock-like merge |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| streamed planned | measured | stock-like merge | peak RSS |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for layer in layers:
         sizes = list(asdict(layer).values())[4:]
-        cells = " | ".join(f"{size / MIB:.1f}" for size in sizes)
+        cells = " | ".join("" if size is None else f"{size / MIB:.1f}" for size in sizes)
         lines.append(f"| {layer.name} | {layer.rows}×{layer.columns} | {layer.tokens} | {cells} |")
     factors = [sum(getattr(layer, f"factors_{kind}") for layer in layers) for kind in ("planned", "measured")]
     largest = [
@@ -125,7 +154,7 @@ def table(layers: Sequence[Layer]) -> str:
         )
     ]
     cells = " | ".join(f"{size / MIB:.1f}" for size in (*factors, *largest))
-    return "\n".join([*lines, f"| all: sum of factors, largest of the others | | | {cells} |"]) + "\n"
+    return "\n".join([*lines, f"| all: sum of factors, largest of the others | | | {cells} | |"]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,8 @@ def test_the_benchmark_measures_what_it_is_asked_for(capsys: pytest.CaptureFixtu
         out, columns = SHAPES[layer["name"]]
         assert layer["factors_planned"] == layer["factors_measured"] == 2 * 4 * (out + columns) + 2 * 4 * 4
         assert 0 < layer["workspace_measured"] <= layer["workspace_planned"] + 2 * MIB
+        factors = layer["factors_measured"]
+        assert layer["resident_peak"] is None or factors / 2 < layer["resident_peak"] < factors + 64 * MIB
         assert 8 <= layer["merge_transient"] / (out * columns) <= 20
 
 
