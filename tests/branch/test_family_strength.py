@@ -77,7 +77,6 @@ def held(session: PatchSession) -> dict[str, int]:
         tensors |= {"down": stack.down, "exponents": stack.exponents}
         tensors |= {f"up {number}": up for number, up in enumerate(stack.ups.values())}
     turns = [turn for piece in operands.pieces for turn in piece.turns]
-    turns += () if operands.before is None else operands.before.turns
     turns += [(left.operator, left.factor) for phase in operands.phases for left in phase.lefts]
     for number, (operator, _) in enumerate(turns):
         tensors |= {f"turn {number}.{place}": part for place, part in enumerate(operator.tensors())}
@@ -164,10 +163,12 @@ def test_norms_are_forgotten_with_the_files_they_belong_to_and_those_of_the_base
         session.apply(items([adapter], (1.0,)))
         planned = session.footprints(session.patches, "fp32", torch.device("cpu"), torch.float32)["layer"]
         assert sum(value.nbytes for value in kept()) == planned.kept_bytes + 4 * SHAPE[0], "and the change"
-        session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
+        session.apply(items([family("loha-streamed", SHAPE).adapter], (1.0,)))
         (norms_of_base,) = kept()
         torch.testing.assert_close(norms_of_base, base, rtol=1e-14, atol=0)
-        assert len(session._memo._kept) == 1
+        assert len(session._memo._kept) == 2, "and the largest number of the LoHa that stands there now"
+        session.apply(items([family("lora", SHAPE).adapter], (1.0,)))
+        assert len(session._memo._kept) == 1, "that of a LoRA is its file's"
 
 
 def test_another_base_in_the_same_place_is_read_and_takes_the_place_of_the_former(
