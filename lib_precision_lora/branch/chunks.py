@@ -33,8 +33,11 @@ from lib_precision_lora.memory.chunks import (
     FP32,
     ORDERED_BLOCK_COPIES,
     SCALE_COPIES,
+    WORKSPACE_BYTES,
     chain_copies,
 )
+
+CACHED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,16 @@ def token_bytes(
     elif columns:
         numbers = max(numbers, 3.0 * outputs)
     return int(FP32 * (numbers + rank * (1.0 + max(1.0, stack.inner))))
+
+
+def chunk_bytes(device: torch.device, steps: Sequence[Add | Left], turns: Sequence[Turn]) -> int:
+    """What a chunk of tokens takes, at most: on a CPU so little that its caches hold it.
+
+    turns: as for `token_bytes`. What each chunk reads again, dense terms by row block or the module itself,
+    is read for as few of them as may be.
+    """
+    read_again = bool(turns) or any(not isinstance(step.term, Kronecker) for step in whole_terms(steps))
+    return WORKSPACE_BYTES if device.type != "cpu" or read_again else CACHED_BYTES
 
 
 def whole_terms(steps: Sequence[Add | Left]) -> list[Add]:

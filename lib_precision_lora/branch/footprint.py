@@ -13,7 +13,7 @@ from torch import Tensor
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse
-from lib_precision_lora.branch.chunks import Arithmetic, token_bytes, whole_terms
+from lib_precision_lora.branch.chunks import Arithmetic, chunk_bytes, token_bytes, whole_terms
 from lib_precision_lora.branch.effective import EffectiveWeight
 from lib_precision_lora.branch.operands import is_plain, up_blocks
 from lib_precision_lora.branch.plain_form import PlainForm
@@ -164,7 +164,8 @@ def weight_footprint(
         stages = list(conv_stages(weight, stack.rank, cost, before))
     else:
         beside = [] if before else turns
-        stages = [linear_stage(token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost))]
+        size = token_bytes(inputs, outputs, stack.rank, weight.steps, beside, cost)
+        stages = [linear_stage(size, chunk_bytes(arithmetic.device, weight.steps, beside))]
     if before:
         added = stages if weight.steps or bias else []
         stages = list(turned_input_stages(weight.stored.shape[1], turns, arithmetic, cost, added))

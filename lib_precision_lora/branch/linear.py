@@ -44,7 +44,8 @@ class LinearBranch(WeightBranch):
                 operands.add(x_part, y_part)
             return y
         bias: Tensor | None = getattr(module, "bias", None)
-        for x_chunk, y_chunk in token_chunks(x, y, token_count(operands.token_bytes)):
+        at_once = min(operands.at_once, token_count(operands.token_bytes))
+        for x_chunk, y_chunk in token_chunks(x, y, at_once):
             self._add(module, operands, x_chunk, y_chunk, bias)
         return y
 

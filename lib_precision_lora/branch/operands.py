@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.adapters.terms import LowRank
 from lib_precision_lora.branch.autocast import type_within, without_autocast
-from lib_precision_lora.branch.chunks import token_bytes
+from lib_precision_lora.branch.chunks import chunk_bytes, token_bytes
 from lib_precision_lora.branch.device_copies import DeviceCopies
 from lib_precision_lora.branch.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.identity import structure
@@ -66,8 +66,8 @@ class Operands:
 
     down: [total rank, columns] and scale: [total rank] fp32, of all low-rank additions; None without any.
     plain: nothing but additions, so that the base output stays where it is and is added to; token_bytes:
-    what one token takes in the forward of a linear module. before: what turns the module's input, where that
-    is not left to a second pass.
+    what one token takes in the forward of a linear module; at_once: how many it treats, at most. before:
+    what turns the module's input, where that is not left to a second pass.
     """
 
     product: Product
@@ -78,6 +78,7 @@ class Operands:
     bias: Tensor | None
     plain: bool
     token_bytes: int
+    at_once: int
     before: InputTurns | None = None
 
     @property
@@ -308,16 +309,18 @@ class WeightBranch:
         phases = tuple(_phases(self.steps, self._stack, self.rows, copies))
         plain = not turned and len(phases) == 1 and not phases[0].lefts
         bias = None if self.bias is None else self.bias.on(home)
+        turns_beside = [turn for piece in beside for turn in piece.turns]
         size = token_bytes(
             self.columns,
             self.rows,
             0 if down is None else down.shape[0],
             self.steps,
-            [turn for piece in beside for turn in piece.turns],
+            turns_beside,
             cost,
             self.convolution,
         )
-        made = Operands(product, down, self._scale(), phases, pieces, bias, plain, size, turns)
+        at_once = max(1, chunk_bytes(device, self.steps, turns_beside) // max(1, size))
+        made = Operands(product, down, self._scale(), phases, pieces, bias, plain, size, at_once, turns)
         return self._kept(made, device)
 
     def _scale(self) -> Tensor | None:

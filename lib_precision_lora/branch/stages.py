@@ -62,9 +62,9 @@ def largest(stages: Sequence[Stage], positions: int) -> int:
     return int(max((sum(use.size(positions) for use in stage) for stage in stages), default=0))
 
 
-def linear_stage(size: int) -> Stage:
-    """size: `chunks.token_bytes` of the branch."""
-    return (Use(size, WORKSPACE_BYTES),)
+def linear_stage(size: int, at_most: int = WORKSPACE_BYTES) -> Stage:
+    """size, at_most: `chunks.token_bytes` and `chunks.chunk_bytes` of the branch."""
+    return (Use(size, at_most),)
 
 
 def plain_stages(form: PlainForm, rank: int, inputs: int, columns: int) -> Iterator[Stage]:

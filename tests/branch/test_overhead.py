@@ -17,9 +17,11 @@ from lib_precision_lora.adapters import Target
 from lib_precision_lora.branch import Patch, PatchSession, overhead
 from lib_precision_lora.branch.linear import LinearBranch
 from lib_precision_lora.branch.overhead import OverheadMeter, StepTime, clock_of
+from lib_precision_lora.branch.turned_input import InputTurns
 from lib_precision_lora.branch.wide_input import WideInput
 from tests.branch.hosts import hooks_of
 from tests.branch.recipes import recipe
+from tests.families import family
 
 WIDTH, LAYERS = 8, 3
 BETWEEN, LAYER, BRANCH, VIEW = 0.5, 2.0, 0.25, 4.0
@@ -208,6 +210,22 @@ def test_the_view_of_a_widened_input_counts(clock: Time, monkeypatch: pytest.Mon
     session = PatchSession(model, timed="body")
     adapter = recipe("lora-rank-1", (WIDTH, 2 * WIDTH)).adapter
     session.apply_patches([Patch("file", Target(f"{NAMES[0]}.weight"), adapter, 1.0, widens=True)])
+    model(X)
+    assert session.overhead.read() == StepTime(BETWEEN + LAYERS * LAYER + VIEW + BRANCH, VIEW + BRANCH)
+
+
+def test_the_turn_of_an_input_counts(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = InputTurns.apply
+
+    def slow(*given: Any) -> Any:
+        clock.now += VIEW
+        return apply(*given)
+
+    monkeypatch.setattr(InputTurns, "apply", slow)
+    model = Model(clock)
+    session = PatchSession(model, timed="body")
+    adapter = family("ia3-in", (WIDTH, WIDTH)).adapter
+    session.apply([("file", {f"{NAMES[0]}.weight": adapter}, 1.0)])
     model(X)
     assert session.overhead.read() == StepTime(BETWEEN + LAYERS * LAYER + VIEW + BRANCH, VIEW + BRANCH)
 

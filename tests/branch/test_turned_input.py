@@ -287,6 +287,19 @@ def test_within_autocast_the_type_is_that_of_the_product() -> None:
     assert float((y.double() - expected).norm() / expected.norm()) <= 3 * torch.finfo(torch.bfloat16).eps
 
 
+def test_a_compiled_layer_gives_the_same() -> None:
+    layer, x = linear(), tokens()
+    files, weight = stack(layer, ("oft-peft", 0.7), ("lora", 0.5))
+    with torch.no_grad(), PatchSession(layer.held) as session:
+        session.apply(files)
+        expected = layer(x)
+        torch.compiler.reset()
+        compiled = torch.compile(layer.held, backend="eager")
+        assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x), expected)
+    torch.testing.assert_close(expected.double(), exact(layer, weight, x), rtol=1e-5, atol=1e-5)
+
+
 def test_only_layers_that_may_be_turned_have_something_before_them() -> None:
     layer = linear()
     with PatchSession(layer.held) as session:
