@@ -77,6 +77,7 @@ def held(session: PatchSession) -> dict[str, int]:
         tensors |= {"down": stack.down, "exponents": stack.exponents}
         tensors |= {f"up {number}": up for number, up in enumerate(stack.ups.values())}
     turns = [turn for piece in operands.pieces for turn in piece.turns]
+    turns += () if operands.before is None else operands.before.turns
     turns += [(left.operator, left.factor) for phase in operands.phases for left in phase.lefts]
     for number, (operator, _) in enumerate(turns):
         tensors |= {f"turn {number}.{place}": part for place, part in enumerate(operator.tensors())}
