@@ -85,10 +85,6 @@ class PlainForm:
         """Columns of the second product for each rank."""
         return 1 + self.up_parts if self.activations == torch.bfloat16 else 1
 
-    @property
-    def down_type(self) -> torch.dtype:
-        return torch.float32 if self.widens else self.activations
-
     def down_bytes(self, rank: int, inputs: int) -> int:
         return self.down_parts * rank * inputs * self.activations.itemsize
 
@@ -146,6 +142,8 @@ def _sums_in_fp32(device_type: str) -> bool:
     one = torch.ones(1, 1, dtype=torch.float16, device=device_type)
     try:
         torch.mm(one, one, out_dtype=torch.float32)
+    except torch.cuda.OutOfMemoryError:  # says nothing of the build
+        raise
     except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
         return False
     return True

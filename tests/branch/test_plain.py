@@ -212,6 +212,27 @@ def test_the_memory_is_the_planned_one(
     assert workspace - 64 * 2**10 - samples <= peak <= workspace + 64 * 2**10
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("stored", [BF16, FP16, FP32], ids=str)
+def test_what_the_second_product_sums_is_the_change_to_law_2s_figure(
+    dtype: torch.dtype, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before y rounds it, in float64: the roundings of the stack alone."""
+    monkeypatch.setattr(plain_form, "is_card", lambda device: True)
+    model, files = Model(nn.Linear(96, 48, bias=False, dtype=dtype)), (lora(96, 48, stored), 0.7)
+    x = torch.randn(32, 96, generator=torch.Generator().manual_seed(3)).to(dtype)
+    term = next(iter(files[0].values())).term
+    exact = 0.7 * x.double() @ term.down.double().T @ term.up.double().T
+    with PatchSession(model) as session, torch.no_grad():
+        session.apply([("a", *files)])
+        session.place(torch.device("cpu"), dtype)
+        stack = stack_of(session)
+        parts = stack.parts(stack._hidden(x)).double().flatten(1)
+        change = stack.factor * parts @ stack.up(stack.ranges[0]).double().T
+    bound = {BF16: 1e-4, FP16: 1e-3, FP32: 1e-6}[dtype]
+    assert float((change - exact).norm()) <= bound * float(exact.norm())
+
+
 def memory_of(layer: nn.Module, x: Tensor, types: Sequence[torch.dtype]) -> tuple[Footprint, int, int]:
     """What is planned; bytes that are placed; bytes alive at once in a forward, beyond the layer's own."""
     weight = layer.weight
