@@ -1,0 +1,65 @@
+"""Installing ourselves in the running host, and leaving it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from lib_precision_lora.host.contract import failures
+from lib_precision_lora.host.forge import binding as forge
+from lib_precision_lora.host.forge.requirements import REQUIREMENTS
+
+logger = logging.getLogger("lib_precision_lora")
+
+_active: forge.ForgeBinding | None = None
+_leaving = False
+_lock = threading.RLock()
+
+
+def install() -> bool:
+    """Swap the running host's LoRA patcher for ours; True if ours is in place afterwards.
+
+    Checks first that the host has every name that we rely on. If one is missing, nothing is touched, and
+    one line in the log says which. Calling it again changes nothing.
+    """
+    global _active, _leaving
+    with _lock:
+        _leaving = False
+        if _active is not None:
+            return True
+        missing = failures(REQUIREMENTS)
+        if missing:
+            logger.warning(
+                "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "
+                "knows (%s). Look for an update of the extension.",
+                "; ".join(missing),
+            )
+            return False
+        _active = forge.ForgeBinding()
+        return True
+
+
+def uninstall() -> None:
+    """Take everything off every model and put the host's own functions back. Calling it again is fine.
+
+    An image that is being made is made to its end as it began: we leave after it, unless `install` is called
+    before that, as where the page is reloaded.
+    """
+    global _leaving
+    with _lock:
+        if _active is not None:
+            _leaving = True
+            _active.overrides.when_idle(_leave)
+
+
+def _leave() -> None:
+    global _active, _leaving
+    with _lock:
+        if _leaving and _active is not None:
+            _leaving, leaving, _active = False, _active, None
+            leaving.uninstall()
+
+
+def active() -> forge.ForgeBinding | None:
+    """The binding in place, if there is one."""
+    return _active

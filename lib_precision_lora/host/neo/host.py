@@ -1,0 +1,148 @@
+"""Haoming02's Forge Neo: ComfyUI's patcher under Forge's page.
+
+load_models_gpu           plan the memory and tell the host first; attach after it has placed its models
+LoadedModel.model_load    where layers are placed one by one, let the host find its own parameters there
+LoadedModel.model_unload  take the factors off the device with the model, once all of it leaves
+
+Patches that other extensions put on Neo's patchers go Neo's way, beside ours on the same layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib_precision_lora.host.interface import Follower, Host, Kept, LoadRequest
+from lib_precision_lora.host.loras.division import HostPatches
+from lib_precision_lora.host.neo.patches import KeptPatches
+from lib_precision_lora.host.replacement import Replacement
+
+
+class NeoHost(Host):
+    name = "Forge Neo"
+    gives_way = True
+
+    def __init__(self) -> None:
+        from backend import memory_management
+        from backend.args import dynamic_args
+        from backend.patcher import lora
+        from modules import sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps
+
+        self.memory, self.lora, self._dynamic_args = memory_management, lora, dynamic_args
+        self.samplers = (sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps)
+        self._patches: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._follower: Follower | None = None
+
+    def patches(self, patcher: Any) -> HostPatches:
+        own: HostPatches | None = getattr(patcher, "lora_patches", None)
+        return self._patches.get(patcher.model, {}) if own is None else own
+
+    def takes_loras(self, patcher: Any) -> bool:
+        return hasattr(patcher, "patches_uuid") and patcher.model in self._patches
+
+    def follow(self, patcher: Any) -> None:
+        if self._follower is not None and self._follower.enabled:
+            self._follower.bring(patcher.model, self.patches(patcher), _merge)
+        elif self._follower is not None:
+            self._follower.stand_back_from(patcher.model)
+
+    def keep(self, engine: Any) -> Kept:
+        return KeptPatches(engine)
+
+    def use(self, engine: Any, kept: Kept | None) -> None:
+        """The engine keeps its own patchers, and what other extensions have put on them."""
+        original = engine.forge_objects_original
+        engine.forge_objects.unet, engine.forge_objects.clip = original.unet, original.clip
+        engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+        if isinstance(kept, KeptPatches):
+            self._patches.update({each.model: each.lora_patches for each in kept.each()})
+            return
+        for patcher in (original.unet, *([] if original.clip is None else [original.clip.patcher])):
+            if patcher.model in self._patches:
+                self._patches[patcher.model] = {}
+
+    def forget(self, model: nn.Module) -> None:
+        """Its weights were never ours to restore."""
+        self._patches.pop(model, None)
+
+    def parse(self, state_dict: Mapping[str, Tensor], names: Mapping[str, Any]) -> Any:
+        """Nothing: what we do not read could only be merged, which is what this extension is there to
+        avoid."""
+        return {}, dict(state_dict)
+
+    def leaves_to_host(self, engine: Any) -> str | None:
+        if getattr(self._dynamic_args, "nunchaku", False):
+            return "the model is of Nunchaku (SVDQuant), which applies LoRAs by itself"
+        return None
+
+    def size(self, model: nn.Module, device: Any = None) -> int:
+        if device is None:
+            return int(self.memory.module_size(model))
+        present = getattr(model, "device", None)
+        return int(getattr(model, "model_loaded_weight_memory", 0)) if present == device else 0
+
+    def beside(self, required: float) -> float:
+        reserved = self.memory.extra_reserved_memory()
+        return float(max(self.memory.minimum_inference_memory(), required + reserved))
+
+    def replacements(self, follower: Follower) -> list[Replacement]:
+        self._follower = follower
+        loaded = self.memory.LoadedModel
+
+        def make_load_models(host_load: Callable[..., None]) -> Callable[..., None]:
+            def load_models_gpu(
+                models: Any,
+                memory_required: float = 0,
+                force_patch_weights: bool = False,
+                minimum_memory_required: float | None = None,
+                *args: Any,
+                **kwargs: Any,
+            ) -> None:
+                def place(required: float, kept: float) -> None:
+                    """What is to be kept free counts in both: one makes other models give way, the other
+                    these ones, layer by layer."""
+                    least = minimum_memory_required
+                    least = None if least is None else min(required, least) + kept
+                    host_load(models, required + kept, force_patch_weights, least, *args, **kwargs)
+
+                follower.load(LoadRequest(models, memory_required), place)
+
+            return load_models_gpu
+
+        def make_model_load(host_load: Callable[..., Any]) -> Callable[..., Any]:
+            def model_load(loaded: Any, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
+                model = getattr(loaded.model, "model", None)
+                if lowvram_model_memory and isinstance(model, nn.Module):
+                    held = getattr(model, "model_loaded_weight_memory", 0)
+                    if held + lowvram_model_memory <= loaded.model_memory():
+                        follower.unmerge(model)
+                return host_load(loaded, lowvram_model_memory, *args, **kwargs)
+
+            return model_load
+
+        def make_model_unload(host_unload: Callable[..., Any]) -> Callable[..., Any]:
+            def model_unload(loaded: Any, *args: Any, **kwargs: Any) -> Any:
+                model = getattr(loaded.model, "model", None)
+                follower.unmerge(model)
+                gone = host_unload(loaded, *args, **kwargs)
+                if gone is not False:  # else a part of it has left, and it runs on
+                    follower.release(model)
+                return gone
+
+            return model_unload
+
+        return [
+            Replacement(self.memory, "load_models_gpu", make_load_models),
+            Replacement(loaded, "model_load", make_model_load),
+            Replacement(loaded, "model_unload", make_model_unload),
+        ]
+
+
+def _merge(patches: HostPatches) -> None:
+    """Neo merges nothing of ours."""
+    if patches:
+        names = sorted({name for entries in patches.values() for name in entries})
+        raise ValueError(f"layer {names[0]} is stored in a way that this extension cannot read")
