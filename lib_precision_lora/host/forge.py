@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
-from lib_precision_lora.branch.undo import run_all
+from lib_precision_lora.branch.session.undo import run_all
 from lib_precision_lora.host.attempts import Attempts
 from lib_precision_lora.host.budgeting import Budgeting
 from lib_precision_lora.host.division import only, source_of, strengths_of

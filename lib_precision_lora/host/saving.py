@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_precision_lora.branch.rounding import rounded
+from lib_precision_lora.branch.session.rounding import rounded
 from lib_precision_lora.host.hosted import HostedSession
 from lib_precision_lora.host.notices import name_of
 from lib_precision_lora.host.pop_ups import page_error, page_waits, pop_up

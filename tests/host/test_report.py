@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.branch import overhead
+from lib_precision_lora.branch.session import overhead
 from lib_precision_lora.host import binding, script
 from lib_precision_lora.host.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.notices import GenerationStopped
