@@ -37,9 +37,9 @@ from benchmarks.flux_layers import Linear
 from benchmarks.forward import where
 from benchmarks.interleave import CPU, machine_device, now
 from lib_precision_lora.containers import read_lora
-from lib_precision_lora.host.hosted import HostedSession
-from lib_precision_lora.host.matching import key_map_of, match_file
-from lib_precision_lora.host.settings import Arithmetic
+from lib_precision_lora.host.loras.hosted import HostedSession
+from lib_precision_lora.host.loras.matching import key_map_of, match_file
+from lib_precision_lora.host.page.settings import Arithmetic
 from tests.memory.checkpoints import flux
 
 RANK = 16

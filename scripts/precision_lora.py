@@ -3,9 +3,9 @@
 from modules import script_callbacks, scripts
 
 from lib_precision_lora.host import install
-from lib_precision_lora.host import script as steps
-from lib_precision_lora.host.infotext import warn_of_what_is_not_pasted
+from lib_precision_lora.host.generation.infotext import warn_of_what_is_not_pasted
 from lib_precision_lora.host.logs import set_up_logging
+from lib_precision_lora.host.page import script as steps
 
 set_up_logging()
 # few, since the WebUI goes through its whole stack, and the source of each caller, at each of them

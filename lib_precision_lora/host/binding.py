@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from lib_precision_lora.host import forge
 from lib_precision_lora.host.contract import failures
-from lib_precision_lora.host.requirements import REQUIREMENTS
+from lib_precision_lora.host.forge import binding as forge
+from lib_precision_lora.host.forge.requirements import REQUIREMENTS
 
 logger = logging.getLogger("lib_precision_lora")
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.branch.session.rounding import rounded
-from lib_precision_lora.host.hosted import HostedSession
-from lib_precision_lora.host.notices import name_of
-from lib_precision_lora.host.pop_ups import page_error, page_waits, pop_up
-from lib_precision_lora.host.progress import Stage, unshown
+from lib_precision_lora.host.generation.notices import name_of
+from lib_precision_lora.host.generation.pop_ups import page_error, page_waits, pop_up
+from lib_precision_lora.host.generation.progress import Stage, unshown
+from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.plain_text import sentence
 from lib_precision_lora.report.saved import Saved

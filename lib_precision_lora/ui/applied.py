@@ -9,7 +9,7 @@ from lib_precision_lora.report.quantities import duration, mebibytes, part_of
 from lib_precision_lora.ui.html import render
 
 if TYPE_CHECKING:
-    from lib_precision_lora.host.report import FileReport, GenerationReport
+    from lib_precision_lora.host.generation.report import FileReport, GenerationReport
 
 SHOWN_KEYS = 20
 """How many keys without a layer are listed; the log has the others."""

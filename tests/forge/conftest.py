@@ -20,7 +20,7 @@ from tests.forge.webui import WebUI
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
-    from lib_precision_lora.host.forge import ForgeBinding
+    from lib_precision_lora.host.forge.binding import ForgeBinding
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
 def precision_lora(forge: Forge) -> Iterator[ForgeBinding]:
     """Our binding in the running host, with its settings registered, for one test; options are put back."""
     from lib_precision_lora.host import binding, install, uninstall
-    from lib_precision_lora.host.settings import register_settings
+    from lib_precision_lora.host.page.settings import register_settings
 
     register_settings()
     options = dict(forge.shared.opts.data)

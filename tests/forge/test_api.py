@@ -18,7 +18,7 @@ from tests.forge.real_forge import Forge
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
-    from lib_precision_lora.host.forge import ForgeBinding
+    from lib_precision_lora.host.forge.binding import ForgeBinding
 
 ROOT = "/precision-lora/v1"
 ROUTES = ("status", "inspect?lora=cats")
@@ -52,7 +52,7 @@ def client(
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
-    from lib_precision_lora.host.api import add_api, remove_api
+    from lib_precision_lora.host.page.api import add_api, remove_api
 
     monkeypatch.setattr(forge.shared.cmd_opts, "api", api)
     monkeypatch.setattr(forge.shared.cmd_opts, "api_auth", auth)
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_a_sentence(api: TestClient, loras: Path) -> None:
 def test_a_failure_of_ours_is_a_sentence_and_its_trace_is_in_the_log(
     api: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lib_precision_lora.host import api as module
+    from lib_precision_lora.host.page import api as module
 
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("secret detail")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lib_precision_lora.host.infotext import LOW_BITS, MODE
+from lib_precision_lora.host.generation.infotext import LOW_BITS, MODE
 from lib_precision_lora.ui.applied import BY_HOST, UNFINISHED
 from lib_precision_lora.ui.choices import AS_SET, FP16_LORA
 from tests.forge.page import VIEWPORT

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_precision_lora.host.matching import key_map_of, match_file
+from lib_precision_lora.host.loras.matching import key_map_of, match_file
 from tests.families import Family, family
 from tests.forge import small_flux
 from tests.forge.real_forge import Forge

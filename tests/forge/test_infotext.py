@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 
 from lib_precision_lora import __version__
-from lib_precision_lora.host.infotext import LOW_BITS, MARK, MODE, Pasted, parameters, read_parameters
-from lib_precision_lora.host.name_list import joined, separated
-from lib_precision_lora.host.notices import INFOTEXT_SKIPPED
+from lib_precision_lora.host.generation.infotext import (
+    LOW_BITS,
+    MARK,
+    MODE,
+    Pasted,
+    parameters,
+    read_parameters,
+)
+from lib_precision_lora.host.generation.name_list import joined, separated
+from lib_precision_lora.host.generation.notices import INFOTEXT_SKIPPED
 from lib_precision_lora.ui.choices import AS_SET
 from tests.forge.real_forge import Forge
 

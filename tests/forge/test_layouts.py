@@ -17,8 +17,8 @@ from lib_precision_lora.adapters import Target
 from lib_precision_lora.branch.session.compose import effective_weights
 from lib_precision_lora.branch.session.fitted import FittedAdapters
 from lib_precision_lora.branch.session.patch import Patch
-from lib_precision_lora.host.files import FileProblem
-from lib_precision_lora.host.matching import FileMatch, KeyMap, key_map_of, match_file
+from lib_precision_lora.host.loras.files import FileProblem
+from lib_precision_lora.host.loras.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.names.architectures import FLUX, SD3, UNET, model_of
 from tests import trainer_names
 from tests.forge import small_flux

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host.infotext import LOW_BITS, MODE
-from lib_precision_lora.host.xyz import LOW_BITS_AXIS, MODE_AXIS
+from lib_precision_lora.host.generation.infotext import LOW_BITS, MODE
+from lib_precision_lora.host.page.xyz import LOW_BITS_AXIS, MODE_AXIS
 from tests.forge.plot import plot
 from tests.forge.webui import HIRES, SMALL_IMAGE, Generation, ServerError, WebUI
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lib_precision_lora.host.matching import KeyMap, match_file
+from lib_precision_lora.host.loras.matching import KeyMap, match_file
 from tests.forge import small_flux
 from tests.forge.lora_files import DIFFUSERS, KOHYA, LAYOUTS, make_file, merge
 from tests.forge.real_forge import Forge

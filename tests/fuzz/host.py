@@ -15,9 +15,9 @@ import torch
 
 import lib_precision_lora.report.demo.quiet_bitsandbytes  # noqa: F401  before tests import it
 from lib_precision_lora.host import install, uninstall
-from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.page.settings import register_settings
 from tests.containers.hostile import RUNNING
-from tests.host.loras import make_lora
+from tests.host.lora_files import make_lora
 from tests.host.webui import Host, running_host
 
 FILES = ("cats", "dogs", "half", "torn", "nan", "code", "cats, big", "512x512")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.host import binding, install, uninstall
-from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.page.settings import register_settings
 from tests.host.webui import Host
 
 DEVICE = torch.device("cpu", 0)

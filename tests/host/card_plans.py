@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.host.card import Card
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
-from tests.host.generation import Image, distance
-from tests.host.loras import LAYERS, LoraFile, exact_output, make_lora
+from tests.host.images import Image, distance
+from tests.host.lora_files import LAYERS, LoraFile, exact_output, make_lora
 from tests.host.webui import Host
 
 EXACT = 1e-5

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lib_precision_lora.host import install, memory, uninstall
-from lib_precision_lora.host.override import Override
-from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host.generation.override import Override
+from lib_precision_lora.host.page.settings import register_settings
+from lib_precision_lora.host.reservation import memory
 from tests.forge.real_forge import HOW_TO_RUN
 from tests.host.card import Card, card_with_us
 from tests.host.card_plans import INFERENCE, PLENTY
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import load_checkpoint
+from tests.host.images import load_checkpoint
 from tests.host.jobs import FIRST, Jobs, start_jobs
 from tests.host.webui import KINDS, Host, running_host
 
@@ -91,7 +92,7 @@ def api(host: Host, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
-    from lib_precision_lora.host import api as module
+    from lib_precision_lora.host.page import api as module
 
     monkeypatch.setattr(host.shared.cmd_opts, "api", True, raising=False)
     monkeypatch.setattr(host.shared.cmd_opts, "api_auth", None, raising=False)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tests.host.loras import LoraFile, make_lora
+from tests.host.lora_files import LoraFile, make_lora
 from tests.host.webui import Host
 
 Tensors = dict[str, Tensor]

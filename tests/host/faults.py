@@ -10,42 +10,42 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host.generations import Generations
-from lib_precision_lora.host.report import GenerationReport
-from tests.host.generation import Image, generate
+from lib_precision_lora.host.generation.generations import Generations
+from lib_precision_lora.host.generation.report import GenerationReport
+from tests.host.images import Image, generate
 from tests.host.webui import Host
 
 SETTING: Mapping[str, str] = {
-    "finding a file": "lib_precision_lora.host.loading:find_network",
-    "its version": "lib_precision_lora.host.files:Stamp.of",
-    "reading it": "lib_precision_lora.host.files:LoraFiles.read",
-    "the names of layers": "lib_precision_lora.host.loading:key_map_of",
-    "matching it": "lib_precision_lora.host.loading:match_file",
+    "finding a file": "lib_precision_lora.host.loras.loading:find_network",
+    "its version": "lib_precision_lora.host.loras.files:Stamp.of",
+    "reading it": "lib_precision_lora.host.loras.files:LoraFiles.read",
+    "the names of layers": "lib_precision_lora.host.loras.loading:key_map_of",
+    "matching it": "lib_precision_lora.host.loras.loading:match_file",
     "the WebUI's entry": "networks:load_network",
-    "the report of a file": "lib_precision_lora.host.loading:report_file",
-    "the log of a file": "lib_precision_lora.host.loading:log_applied",
-    "cloning patchers": "lib_precision_lora.host.patchers:KeptPatchers.__init__",
-    "beginning with patchers": "lib_precision_lora.host.patchers:KeptPatchers.start",
-    "adding to patchers": "lib_precision_lora.host.patchers:KeptPatchers.add",
+    "the report of a file": "lib_precision_lora.host.loras.loading:report_file",
+    "the log of a file": "lib_precision_lora.host.loras.loading:log_applied",
+    "cloning patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.__init__",
+    "beginning with patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.start",
+    "adding to patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.add",
     "adding to the host's patcher": "backend.patcher.base:ModelPatcher.add_patches",
-    "using patchers": "lib_precision_lora.host.loading:NetworkLoader._use",
-    "showing notices": "lib_precision_lora.host.loading:comment_once",
-    "forgetting notices": "lib_precision_lora.host.notices:Notices.begin",
-    "trying again": "lib_precision_lora.host.hosted:HostedSession.try_again",
+    "using patchers": "lib_precision_lora.host.loras.loading:NetworkLoader._use",
+    "showing notices": "lib_precision_lora.host.loras.loading:comment_once",
+    "forgetting notices": "lib_precision_lora.host.generation.notices:Notices.begin",
+    "trying again": "lib_precision_lora.host.loras.hosted:HostedSession.try_again",
     "the meter": "lib_precision_lora.branch.session.overhead:OverheadMeter.reset",
 }
 """What `load_networks` does."""
 
 REFRESHING: Mapping[str, str] = {
-    "following": "lib_precision_lora.host.hosted:HostedSession.follow",
-    "dividing": "lib_precision_lora.host.division:Division.divide",
-    "what is refused": "lib_precision_lora.host.hosted:unreadable",
-    "what has changed": "lib_precision_lora.host.hosted:flat",
-    "the policy": "lib_precision_lora.host.hosted:_policy",
-    "the session": "lib_precision_lora.host.forge:ForgeBinding._session",
-    "the plan's refusals": "lib_precision_lora.host.memory:MemoryPlanner.left_out",
-    "other models": "lib_precision_lora.host.failures:ForwardFailures.elsewhere",
-    "the record": "lib_precision_lora.host.record:Pass.followed",
+    "following": "lib_precision_lora.host.loras.hosted:HostedSession.follow",
+    "dividing": "lib_precision_lora.host.loras.division:Division.divide",
+    "what is refused": "lib_precision_lora.host.loras.hosted:unreadable",
+    "what has changed": "lib_precision_lora.host.loras.hosted:flat",
+    "the policy": "lib_precision_lora.host.loras.hosted:_policy",
+    "the session": "lib_precision_lora.host.forge.binding:ForgeBinding._session",
+    "the plan's refusals": "lib_precision_lora.host.reservation.memory:MemoryPlanner.left_out",
+    "other models": "lib_precision_lora.host.loras.failures:ForwardFailures.elsewhere",
+    "the record": "lib_precision_lora.host.generation.record:Pass.followed",
     "applying": "lib_precision_lora.branch:PatchSession.apply_patches",
     "effective weights": "lib_precision_lora.branch.session.session:effective_weights",
     "attachments": "lib_precision_lora.branch.session.session:make_attachments",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.host import binding
-from lib_precision_lora.host.override import Override, request
-from lib_precision_lora.host.settings import Settings
+from lib_precision_lora.host.generation.override import Override, request
+from lib_precision_lora.host.page.settings import Settings
 from tests.host.checkpoints import PICTURE, TOKENS, Checkpoint
-from tests.host.generation import context_of
+from tests.host.images import context_of
 from tests.host.webui import Host
 
 FIRST, SECOND = "first.safetensors", "second.safetensors"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from lib_precision_lora.host.generations import Generations
-from lib_precision_lora.host.report import GenerationReport
-from tests.host.generation import Image, generate
+from lib_precision_lora.host.generation.generations import Generations
+from lib_precision_lora.host.generation.report import GenerationReport
+from tests.host.images import Image, generate
 from tests.host.webui import Host
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.contract import Requirement
-from lib_precision_lora.host.requirements import REQUIREMENTS
+from lib_precision_lora.host.forge.requirements import REQUIREMENTS
 from tests.double import TOP_LEVEL
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
-from tests.host.loras import Active, exact_output, make_lora, prompt
+from tests.host.images import distance, generate, load_checkpoint
+from tests.host.lora_files import Active, exact_output, make_lora, prompt
 from tests.host.observers import bases_of, hooks_of, log_lines, swapped
 from tests.host.webui import Host
 

@@ -27,12 +27,12 @@ from hypothesis.stateful import (
 
 from lib_precision_lora.branch.session import session
 from lib_precision_lora.host import binding, install, uninstall
-from lib_precision_lora.host.settings import register_settings
+from lib_precision_lora.host.page.settings import register_settings
 from lib_precision_lora.ui.settings import AUTOMATIC, BESIDE, COMPUTE, DENSE, ENABLED, MERGE
 from tests.host.checkpoints import Checkpoint
 from tests.host.damage import DAMAGE
-from tests.host.generation import Image, distance, generate, load_checkpoint
-from tests.host.loras import Active, LoraFile, exact_weights, make_lora, prompt, with_loha
+from tests.host.images import Image, distance, generate, load_checkpoint
+from tests.host.lora_files import Active, LoraFile, exact_weights, make_lora, prompt, with_loha
 from tests.host.observers import bases_of, hooks_of
 from tests.host.webui import running_host
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.host import install, uninstall
+from lib_precision_lora.host.page.settings import register_settings
 from lib_precision_lora.host.saving import SavingError
-from lib_precision_lora.host.settings import register_settings
 from lib_precision_lora.ui.settings import BESIDE, DENSE, MERGE
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
-from tests.host.generation import distance, generate, load_checkpoint
-from tests.host.loras import Active, exact_output, exact_weights, make_lora, prompt, values
+from tests.host.images import distance, generate, load_checkpoint
+from tests.host.lora_files import Active, exact_output, exact_weights, make_lora, prompt, values
+from tests.host.loras.test_widening import CONV, conv_lora, with_channels
 from tests.host.observers import bases_of, branches, hooks_of, log_lines
-from tests.host.test_widening import CONV, conv_lora, with_channels
 from tests.host.webui import Host
 
 EXACT = 1e-5

@@ -7,9 +7,9 @@ import dataclasses
 from typing import Any
 
 from lib_precision_lora.host import binding
-from lib_precision_lora.host.override import in_effect
+from lib_precision_lora.host.generation.override import in_effect
 from tests.host.jobs import CheckpointFile, Jobs
-from tests.host.loras import Active, LoraFile, exact_output
+from tests.host.lora_files import Active, LoraFile, exact_output
 from tests.host.observers import branches
 from tests.host.webui import Host
 

@@ -20,9 +20,9 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from lib_precision_lora.host.settings import read_settings
+from lib_precision_lora.host.page.settings import read_settings
 from tests.host.jobs import start_jobs
-from tests.host.loras import make_lora
+from tests.host.lora_files import make_lora
 from tests.host.webui import running_host
 from tests.page.blocks import ROOT, build_page
 from tests.page.generating import PageJobs, flat

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lib_precision_lora.host.report import FileReport, GenerationReport
+from lib_precision_lora.host.generation.report import FileReport, GenerationReport
 from lib_precision_lora.ui.applied import NONE, SHOWN_KEYS, applied_html
 
 CATS = FileReport("cats", 0.8, 0.5, "32 × lora rank 8", (8,), (4.0,), 30, 2)

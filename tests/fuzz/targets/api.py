@@ -12,14 +12,15 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from lib_precision_lora.host import api, override
-from lib_precision_lora.host.arguments import problems, wanted
+from lib_precision_lora.host.generation import override
+from lib_precision_lora.host.page import api
+from lib_precision_lora.host.page.arguments import problems, wanted
 from lib_precision_lora.ui.choices import COMPUTE_CHOICES, OURS, PATCHERS
 from tests.fuzz.host import FILES, log, patched, webui
 from tests.fuzz.target import Check, Fault, Input, Target
 from tests.fuzz.texts import check_said, name, number
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import load_checkpoint
+from tests.host.images import load_checkpoint
 from tests.host.observers import bases_of
 
 STATUSES = {200, 404, 409, 422}

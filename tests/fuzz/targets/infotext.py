@@ -12,11 +12,11 @@ from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
 
-from lib_precision_lora.host import infotext, override
-from lib_precision_lora.host.arguments import problems
-from lib_precision_lora.host.infotext import OURS_IN_INFOTEXT, read_parameters
-from lib_precision_lora.host.name_list import joined, separated
-from lib_precision_lora.host.notices import INFOTEXT_SKIPPED, Notices
+from lib_precision_lora.host.generation import infotext, override
+from lib_precision_lora.host.generation.infotext import OURS_IN_INFOTEXT, read_parameters
+from lib_precision_lora.host.generation.name_list import joined, separated
+from lib_precision_lora.host.generation.notices import INFOTEXT_SKIPPED, Notices
+from lib_precision_lora.host.page.arguments import problems
 from lib_precision_lora.ui.choices import COMPUTE_CHOICES, PATCHERS
 from tests.fuzz.host import log, patched, webui
 from tests.fuzz.mutate import mutated

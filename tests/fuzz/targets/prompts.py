@@ -10,15 +10,15 @@ from random import Random
 
 import torch
 
-from lib_precision_lora.host.name_list import separated
-from lib_precision_lora.host.notices import INFOTEXT_SKIPPED
+from lib_precision_lora.host.generation.name_list import separated
+from lib_precision_lora.host.generation.notices import INFOTEXT_SKIPPED
 from lib_precision_lora.ui.applied import applied_html
 from tests.fuzz.host import FILES, log, webui
 from tests.fuzz.html import check_page
 from tests.fuzz.target import Check, Fault, Input, Target
 from tests.fuzz.texts import check_said, name, number
 from tests.host.checkpoints import Checkpoint
-from tests.host.generation import generate, load_checkpoint
+from tests.host.images import generate, load_checkpoint
 from tests.host.observers import bases_of
 from tests.host.reports import reported
 

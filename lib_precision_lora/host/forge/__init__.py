@@ -1,0 +1,1 @@
+"""Forge: what is swapped in it, and what it must have."""

@@ -1,0 +1,1 @@
+"""LoRA files of a prompt, and what follows them in a model."""

@@ -1,0 +1,1 @@
+"""What people and programs set: settings, the accordion, X/Y/Z, the API."""

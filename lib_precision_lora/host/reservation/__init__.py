@@ -1,0 +1,1 @@
+"""The memory plan, told to the host before it places models."""
