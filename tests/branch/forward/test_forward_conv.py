@@ -146,7 +146,7 @@ def test_padding_that_the_host_changes_while_attached_is_followed() -> None:
 
 def test_many_channel_and_row_blocks_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("conv", "rows"):
-        monkeypatch.setattr(f"lib_precision_lora.branch.{module}.WORKSPACE_BYTES", 8 * 99 * 3)
+        monkeypatch.setattr(f"lib_precision_lora.branch.forward.{module}.WORKSPACE_BYTES", 8 * 99 * 3)
     monkeypatch.setattr("lib_precision_lora.branch.forward.rows.DENSE_BLOCK_BYTES", 4 * WIDTH * 9 * 5)
     for dtype in TYPES:
         for compute in ("auto", "fp16"):
