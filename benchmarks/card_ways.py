@@ -30,7 +30,8 @@ from benchmarks.card_layers import Layer
 from benchmarks.fake_card import CARD, fake_card
 from benchmarks.kernels import Kernel, counted
 from lib_precision_lora.adapters import read_adapters
-from lib_precision_lora.branch import PatchSession, plain_form
+from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.branch.arithmetic import plain_form
 
 STRENGTH = 0.7
 

@@ -28,8 +28,8 @@ from lib_precision_lora.adapters.lora import LoRA
 from lib_precision_lora.adapters.steps import Add
 from lib_precision_lora.adapters.terms import Term
 from lib_precision_lora.branch import EffectiveWeight
-from lib_precision_lora.branch.norms import Axis
-from lib_precision_lora.branch.reading import Reader
+from lib_precision_lora.branch.algebra.norms import Axis
+from lib_precision_lora.branch.algebra.reading import Reader
 from lib_precision_lora.storage import StoredWeight, gguf_weight, stored_weight
 from lib_precision_lora.storage.bnb4 import FourBitWeight, PlainStatistics
 

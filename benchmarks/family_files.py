@@ -67,7 +67,8 @@ class Sizes:
             "m": stages,
             "n": input_stages,
             "s": input_stages - 1,
-            "c": -(-self.tokens // token_count(FP32 * (i + 2 * o))),  # `branch.chunks` of a Hadamard term
+            # `branch.arithmetic.chunks` of a Hadamard term
+            "c": -(-self.tokens // token_count(FP32 * (i + 2 * o))),
         }
 
     def value(self, formula: str) -> int:

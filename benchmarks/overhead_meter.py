@@ -21,7 +21,7 @@ from torch import nn
 
 from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.branch.overhead import Forward, OverheadMeter, ProcessorClock
+from lib_precision_lora.branch.session.overhead import Forward, OverheadMeter, ProcessorClock
 
 
 @dataclass(frozen=True)

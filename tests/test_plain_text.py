@@ -123,7 +123,7 @@ def test_lines_of_a_report_are_as_many_as_were_given() -> None:
     assert plain_lines([]) == ""
 
 
-@pytest.mark.parametrize("name", ["", ".branch.session"])
+@pytest.mark.parametrize("name", ["", ".branch.session.session"])
 def test_a_log_shows_no_line_that_is_not_its_own(name: str) -> None:
     """Also of a logger below the one that has the filter, whose handlers must have it too."""
     shown, logger = io.StringIO(), logging.getLogger("plain_text_test")

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
-from lib_precision_lora.branch.undo import run_all
+from lib_precision_lora.branch.session.undo import run_all
 from lib_precision_lora.host.generation.generation_overrides import GenerationOverrides
 from lib_precision_lora.host.generation.notices import Notices
 from lib_precision_lora.host.generation.progress import NoJob, Progress

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_precision_lora.branch.rounding import rounded
+from lib_precision_lora.branch.session.rounding import rounded
 from lib_precision_lora.host.generation.notices import name_of
 from lib_precision_lora.host.generation.pop_ups import page_error, page_waits, pop_up
 from lib_precision_lora.host.generation.progress import Stage, unshown

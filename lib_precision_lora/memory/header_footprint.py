@@ -1,6 +1,6 @@
 """What the branch of one module takes on a device, as far as files' headers tell.
 
-The running host knows more of it: `branch/footprint.py`.
+The running host knows more of it: `branch/session/planning/footprint.py`.
 """
 
 from __future__ import annotations

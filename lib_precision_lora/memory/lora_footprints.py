@@ -161,7 +161,7 @@ def _is_plain(beside: Beside, layer: Layer, plain: Plain) -> bool:
 
 
 def _plain_footprint(beside: Beside, layer: Layer, plain: Plain) -> HeaderFootprint:
-    """As `branch.plain_form.PlainForm` counts it."""
+    """As `branch.arithmetic.plain_form.PlainForm` counts it."""
     parts = [part for _, _, own in beside.placed for part in own.low_rank]
     rank, element = sum(part.rank for part in parts), ELEMENT[plain]
     split = plain == "BF16"

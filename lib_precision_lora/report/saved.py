@@ -1,15 +1,15 @@
 """What one saved file has of the LoRAs that were active, in one sentence.
 
-The rounding's cost is that of `branch/rounding.py`. From 0.1 on a part of what the LoRAs add is lost, which a
-close look shows (merged into bf16: 0.17); from 0.5 on most of it, and noise of its size has taken its place
-(FP8, NF4: about 1). Below 0.1 (fp16: 0.02) no eye finds it.
+The rounding's cost is that of `branch/session/rounding.py`. From 0.1 on a part of what the LoRAs add is lost,
+which a close look shows (merged into bf16: 0.17); from 0.5 on most of it, and noise of its size has taken its
+place (FP8, NF4: about 1). Below 0.1 (fp16: 0.02) no eye finds it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lib_precision_lora.branch.rounding import Loss, cost_of
+from lib_precision_lora.branch.session.rounding import Loss, cost_of
 
 PART, MOST = 0.1, 0.5
 LISTED = 4

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.dora_norms import BASES, main, measure
-from lib_precision_lora.branch import norms
-from lib_precision_lora.branch.reading import Reader
+from lib_precision_lora.branch.algebra import norms
+from lib_precision_lora.branch.algebra.reading import Reader
 
 SHAPE = (64, 256)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lib_precision_lora.branch import plain_form
+from lib_precision_lora.branch.arithmetic import plain_form
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- table of tests: begin -->\n", "<!-- table of tests: end -->\n"
 COMMAND = "python -m tests.docs.families_table"
-LAWS = "tests/branch/test_family_laws.py"
+LAWS = "tests/branch/algebra/test_family_laws.py"
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "norm, bias")
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters import Target
-from lib_precision_lora.branch.compose import effective_weights
-from lib_precision_lora.branch.fitted import FittedAdapters
-from lib_precision_lora.branch.patch import Patch
+from lib_precision_lora.branch.session.compose import effective_weights
+from lib_precision_lora.branch.session.fitted import FittedAdapters
+from lib_precision_lora.branch.session.patch import Patch
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.names.architectures import FLUX, SD3, UNET, model_of

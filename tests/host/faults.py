@@ -32,7 +32,7 @@ SETTING: Mapping[str, str] = {
     "showing notices": "lib_precision_lora.host.loras.loading:comment_once",
     "forgetting notices": "lib_precision_lora.host.generation.notices:Notices.begin",
     "trying again": "lib_precision_lora.host.loras.hosted:HostedSession.try_again",
-    "the meter": "lib_precision_lora.branch.overhead:OverheadMeter.reset",
+    "the meter": "lib_precision_lora.branch.session.overhead:OverheadMeter.reset",
 }
 """What `load_networks` does."""
 
@@ -47,39 +47,39 @@ REFRESHING: Mapping[str, str] = {
     "other models": "lib_precision_lora.host.loras.failures:ForwardFailures.elsewhere",
     "the record": "lib_precision_lora.host.generation.record:Pass.followed",
     "applying": "lib_precision_lora.branch:PatchSession.apply_patches",
-    "effective weights": "lib_precision_lora.branch.session:effective_weights",
-    "attachments": "lib_precision_lora.branch.session:make_attachments",
-    "attaching": "lib_precision_lora.branch.session:attach",
-    "watching": "lib_precision_lora.branch.overhead:OverheadMeter.watch",
+    "effective weights": "lib_precision_lora.branch.session.session:effective_weights",
+    "attachments": "lib_precision_lora.branch.session.session:make_attachments",
+    "attaching": "lib_precision_lora.branch.session.session:attach",
+    "watching": "lib_precision_lora.branch.session.overhead:OverheadMeter.watch",
 }
 """What `refresh` does."""
 
 PLACING: Mapping[str, str] = {
-    "a stack": "lib_precision_lora.branch.operands:build_stack",
-    "scales": "lib_precision_lora.branch.operands:column_scales",
-    "phases": "lib_precision_lora.branch.operands:_phases",
-    "operands": "lib_precision_lora.branch.operands:WeightBranch._assemble",
-    "a branch": "lib_precision_lora.branch.operands:WeightBranch.ready",
-    "the choice of a product": "lib_precision_lora.branch.operands:choose_product",
-    "where factors stay": "lib_precision_lora.branch.operands:WeightBranch.reside",
+    "a stack": "lib_precision_lora.branch.forward.operands:build_stack",
+    "scales": "lib_precision_lora.branch.forward.operands:column_scales",
+    "phases": "lib_precision_lora.branch.forward.operands:_phases",
+    "operands": "lib_precision_lora.branch.forward.operands:WeightBranch._assemble",
+    "a branch": "lib_precision_lora.branch.forward.operands:WeightBranch.ready",
+    "the choice of a product": "lib_precision_lora.branch.forward.operands:choose_product",
+    "where factors stay": "lib_precision_lora.branch.forward.operands:WeightBranch.reside",
 }
 """What placing does."""
 
 STREAMING: Mapping[str, str] = {
-    "bringing": "lib_precision_lora.branch.streaming:FactorStream.bring",
-    "setting out": "lib_precision_lora.branch.streaming:FactorStream._depart",
-    "copying": "lib_precision_lora.branch.streaming:copied_to",
-    "arriving": "lib_precision_lora.branch.streaming:FactorStream._receive",
-    "the order": "lib_precision_lora.branch.streaming:FactorStream._following",
+    "bringing": "lib_precision_lora.branch.forward.streaming:FactorStream.bring",
+    "setting out": "lib_precision_lora.branch.forward.streaming:FactorStream._depart",
+    "copying": "lib_precision_lora.branch.forward.streaming:copied_to",
+    "arriving": "lib_precision_lora.branch.forward.streaming:FactorStream._receive",
+    "the order": "lib_precision_lora.branch.forward.streaming:FactorStream._following",
 }
 """What a forward does for factors in RAM."""
 
 RUNNING: Mapping[str, str] = {
-    "operands of a forward": "lib_precision_lora.branch.operands:WeightBranch.operands",
-    "chunks": "lib_precision_lora.branch.linear:token_chunks",
-    "the input side": "lib_precision_lora.branch.linear:LinearInput.hidden",
-    "the output side": "lib_precision_lora.branch.rows:_additions",
-    "a sum": "lib_precision_lora.branch.rows:accumulate",
+    "operands of a forward": "lib_precision_lora.branch.forward.operands:WeightBranch.operands",
+    "chunks": "lib_precision_lora.branch.forward.linear:token_chunks",
+    "the input side": "lib_precision_lora.branch.forward.linear:LinearInput.hidden",
+    "the output side": "lib_precision_lora.branch.forward.rows:_additions",
+    "a sum": "lib_precision_lora.branch.forward.rows:accumulate",
 }
 """What a forward does."""
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lib_precision_lora.branch import session
+from lib_precision_lora.branch.session import session
 from lib_precision_lora.host import binding, install, uninstall
 from lib_precision_lora.host.page.settings import register_settings
 from lib_precision_lora.ui.settings import AUTOMATIC, BESIDE, COMPUTE, DENSE, ENABLED, MERGE

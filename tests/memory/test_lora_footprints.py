@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.adapters.target import Target
 from lib_precision_lora.adapters.terms import Dense
-from lib_precision_lora.branch import Compute, Patch, PatchSession, plain_form
-from lib_precision_lora.branch.footprint import Footprint
+from lib_precision_lora.branch import Compute, Patch, PatchSession
+from lib_precision_lora.branch.arithmetic import plain_form
+from lib_precision_lora.branch.session.planning.footprint import Footprint
 from lib_precision_lora.memory.architecture import Flow, Request
 from lib_precision_lora.memory.checkpoint import Layer
 from lib_precision_lora.memory.header_footprint import HeaderFootprint

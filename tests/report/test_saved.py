@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib_precision_lora.branch.rounding import Loss
+from lib_precision_lora.branch.session.rounding import Loss
 from lib_precision_lora.report.saved import Saved, percent
 
 

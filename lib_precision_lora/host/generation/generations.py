@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.branch.overhead import StepTime
+from lib_precision_lora.branch.session.overhead import StepTime
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.generation.record import Pass
 from lib_precision_lora.host.generation.report import GenerationReport

@@ -21,7 +21,7 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import Patch, PatchError
-from lib_precision_lora.branch.sites import Site, find_site
+from lib_precision_lora.branch.session.sites import Site, find_site
 from lib_precision_lora.host.loras.matching import shape_at, shape_of_rows
 from lib_precision_lora.storage import StorageError
 

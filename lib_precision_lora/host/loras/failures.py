@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
-from lib_precision_lora.branch.rescue import Trial
+from lib_precision_lora.branch.session.rescue import Trial
 from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.reservation.memory import MemoryPlanner
 

@@ -18,11 +18,11 @@ from lib_precision_lora.branch import (
     PatchMemoryError,
     PatchSession,
 )
-from lib_precision_lora.branch.fitted import FittedAdapters
-from lib_precision_lora.branch.footprint import Footprint
-from lib_precision_lora.branch.overhead import OverheadMeter
-from lib_precision_lora.branch.rescue import Rescue, Trial
-from lib_precision_lora.branch.sites import Site
+from lib_precision_lora.branch.session.fitted import FittedAdapters
+from lib_precision_lora.branch.session.overhead import OverheadMeter
+from lib_precision_lora.branch.session.planning.footprint import Footprint
+from lib_precision_lora.branch.session.rescue import Rescue, Trial
+from lib_precision_lora.branch.session.sites import Site
 from lib_precision_lora.host.generation.progress import Interrupted
 from lib_precision_lora.host.loras.blame import blamed, problem_of
 from lib_precision_lora.host.loras.division import Division, HostPatches, flat, only, source_of, unreadable

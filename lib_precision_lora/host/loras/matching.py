@@ -21,7 +21,7 @@ from lib_precision_lora.adapters import (
 from lib_precision_lora.adapters.adapter import require_finite
 from lib_precision_lora.adapters.ia3 import IA3
 from lib_precision_lora.adapters.key_map import complete_key_map
-from lib_precision_lora.branch.sites import Site, find_parameter, find_site
+from lib_precision_lora.branch.session.sites import Site, find_parameter, find_site
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.mismatch import why_nothing_matches
 from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of, model_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib_precision_lora.adapters import ForgePatch
-from lib_precision_lora.branch.strengths import ADDITIVE
+from lib_precision_lora.branch.session.strengths import ADDITIVE
 from lib_precision_lora.host.loras.division import HostPatches, source_of
 
 PLANNED_STRENGTH = 16.0

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any
 
-from lib_precision_lora.branch.undo import run_all
+from lib_precision_lora.branch.session.undo import run_all
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.generation import infotext
 from lib_precision_lora.host.generation.generations import COMPUTE_NAMES, GENERATIONS, log_report

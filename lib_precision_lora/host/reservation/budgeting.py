@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib_precision_lora.branch import PatchError
-from lib_precision_lora.branch.footprint import Footprint
+from lib_precision_lora.branch.session.planning.footprint import Footprint
 from lib_precision_lora.host.loras.division import source_of
 from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.page.settings import Settings

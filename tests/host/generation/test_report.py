@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.branch import overhead
+from lib_precision_lora.branch.session import overhead
 from lib_precision_lora.host import binding
 from lib_precision_lora.host.generation.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.generation.notices import GenerationStopped

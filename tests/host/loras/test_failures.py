@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lib_precision_lora.branch import session
+from lib_precision_lora.branch.session import session
 from lib_precision_lora.host.generation.notices import GenerationStopped
 from lib_precision_lora.ui.settings import ON_FAILURE, STOP
 from tests.host.checkpoints import Checkpoint
@@ -179,8 +179,8 @@ def test_a_patch_that_does_not_fit_leaves_its_source_out_alone(
     host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shape that shows only when it is attached, as where the model is another one than the file's."""
-    from lib_precision_lora.branch import compose
-    from lib_precision_lora.branch.patch import PatchError
+    from lib_precision_lora.branch.session import compose
+    from lib_precision_lora.branch.session.patch import PatchError
 
     _, dogs = cats_and_dogs(host)
     original: Callable[..., Any] = compose.effective_weights

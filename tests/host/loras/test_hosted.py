@@ -12,7 +12,7 @@ from torch import nn
 
 from lib_precision_lora.adapters import Adapter, to_forge_patch
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.branch.sites import Site, find_site
+from lib_precision_lora.branch.session.sites import Site, find_site
 from lib_precision_lora.host.loras import division
 from lib_precision_lora.host.loras.hosted import HostedSession, StillMerged
 from lib_precision_lora.host.page.settings import Arithmetic

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_precision_lora.branch import PatchError, session
+from lib_precision_lora.branch import PatchError
+from lib_precision_lora.branch.session import session
 from lib_precision_lora.host import uninstall
 from lib_precision_lora.ui.settings import ENABLED
 from tests.host.checkpoints import Checkpoint

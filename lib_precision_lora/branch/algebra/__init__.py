@@ -1,0 +1,1 @@
+"""The effective weight: what a stack of adapters makes of a stored weight."""

@@ -1,0 +1,1 @@
+"""Attaches a patch set to a model, changes it, and takes it off again."""
