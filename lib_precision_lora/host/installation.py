@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 
+from lib_precision_lora.host import forge, neo
+from lib_precision_lora.host.binding import Binding
 from lib_precision_lora.host.contract import failures
-from lib_precision_lora.host.forge import binding as forge
-from lib_precision_lora.host.forge.requirements import REQUIREMENTS
 
 logger = logging.getLogger("lib_precision_lora")
 
-_active: forge.ForgeBinding | None = None
+HOSTS = ((forge.REQUIREMENTS, forge.ForgeHost), (neo.REQUIREMENTS, neo.NeoHost))
+"""What each WebUI must have, and what makes a `Host` of it."""
+
+_active: Binding | None = None
 _leaving = False
 _lock = threading.RLock()
 
@@ -27,16 +30,17 @@ def install() -> bool:
         _leaving = False
         if _active is not None:
             return True
-        missing = failures(REQUIREMENTS)
-        if missing:
-            logger.warning(
-                "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "
-                "knows (%s). Look for an update of the extension.",
-                "; ".join(missing),
-            )
-            return False
-        _active = forge.ForgeBinding()
-        return True
+        missing = [failures(requirements) for requirements, _ in HOSTS]
+        for (_, host), lacks in zip(HOSTS, missing, strict=True):
+            if not lacks:
+                _active = Binding(host())
+                return True
+        logger.warning(
+            "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "
+            "knows (%s). Look for an update of the extension.",
+            "; ".join(min(missing, key=len)),
+        )
+        return False
 
 
 def uninstall() -> None:
@@ -60,6 +64,6 @@ def _leave() -> None:
             leaving.uninstall()
 
 
-def active() -> forge.ForgeBinding | None:
+def active() -> Binding | None:
     """The binding in place, if there is one."""
     return _active

@@ -1,8 +1,8 @@
-"""What a WebUI must answer, so that the rest of `host/` can work in it. A further WebUI is a further folder.
+"""What a WebUI must answer, so that the rest of `host/` works in it. A further WebUI is a further folder.
 
-A *patcher* is the WebUI's handle of one model: it has `.model` and `.load_device`. An *engine* is a checkpoint
-that is loaded, with the patchers of its diffusion model and its text encoders. `memory` and `lora` are modules
-of the WebUI; of them is used what has the same name and meaning in every host.
+A *patcher* is the WebUI's handle of one model: it has `.model` and `.load_device`. An *engine* is a
+checkpoint that is loaded, with the patchers of its diffusion model and its text encoders. `memory` and `lora`
+are modules of the WebUI; of them is used what has the same name and meaning in every host.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ class Follower(Protocol):
 
     def bring(self, model: nn.Module, patches: HostPatches, merge: Merge) -> None:
         """Bring a model to these patches, beside its weights."""
+
+    def stand_back_from(self, model: nn.Module) -> bool:
+        """Take everything of ours off this model; whether there was something."""
 
     def load(
         self,

@@ -20,7 +20,7 @@ from tests.forge.webui import WebUI
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
-    from lib_precision_lora.host.forge.binding import ForgeBinding
+    from lib_precision_lora.host.binding import Binding
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +69,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
 
 
 @pytest.fixture
-def precision_lora(forge: Forge) -> Iterator[ForgeBinding]:
+def precision_lora(forge: Forge) -> Iterator[Binding]:
     """Our binding in the running host, with its settings registered, for one test; options are put back."""
-    from lib_precision_lora.host import binding, install, uninstall
+    from lib_precision_lora.host import install, installation, uninstall
     from lib_precision_lora.host.page.settings import register_settings
 
     register_settings()
     options = dict(forge.shared.opts.data)
     assert install(), "this Forge lacks something that the binding relies on; the log says what"
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     yield active
     uninstall()

@@ -26,10 +26,10 @@ def number(name):
 
 def factor_bytes():
     try:
-        from lib_precision_lora.host import binding
+        from lib_precision_lora.host import installation
     except ImportError:
         return 0
-    active = binding.active()
+    active = installation.active()
     return 0 if active is None else sum(each.placed_bytes for each in active.sessions().values())
 
 

@@ -18,7 +18,7 @@ from tests.forge.real_forge import Forge
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
-    from lib_precision_lora.host.forge.binding import ForgeBinding
+    from lib_precision_lora.host.binding import Binding
 
 ROOT = "/precision-lora/v1"
 ROUTES = ("status", "inspect?lora=cats")
@@ -63,9 +63,7 @@ def client(
 
 
 @pytest.fixture
-def api(
-    forge: Forge, precision_lora: ForgeBinding, loras: Path, monkeypatch: pytest.MonkeyPatch
-) -> TestClient:
+def api(forge: Forge, precision_lora: Binding, loras: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     return client(forge, monkeypatch)
 
 
@@ -78,7 +76,7 @@ def test_without_the_api_flag_there_are_no_routes(
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_credentials_are_asked_for_where_the_webui_asks_for_them(
-    forge: Forge, precision_lora: ForgeBinding, loras: Path, monkeypatch: pytest.MonkeyPatch, route: str
+    forge: Forge, precision_lora: Binding, loras: Path, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     guarded = client(forge, monkeypatch, auth="ann:one,bob:two")
     for given, status in (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from tests.host.webui import Host
 
 INTERRUPT, SKIP = "interrupted", "skipped"
@@ -39,7 +39,7 @@ class User:
 def job(host: Host, button: str = INTERRUPT, at: int | str | None = None) -> Iterator[User]:
     """The WebUI is at work, and its bar says so; a flag that was raised is taken back at the end, as the
     WebUI does it where the next job begins."""
-    active, state = binding.active(), host.shared.state
+    active, state = installation.active(), host.shared.state
     assert active is not None
     user = User(state, button, at)
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib_precision_lora.host import binding, install, uninstall
+from lib_precision_lora.host import install, installation, uninstall
 from lib_precision_lora.host.page.settings import register_settings
 from tests.host.webui import Host
 
@@ -44,7 +44,7 @@ class Card:
 
     def factors(self) -> int:
         """Bytes of factors on the card."""
-        active = binding.active()
+        active = installation.active()
         return 0 if active is None else sum(each.placed_bytes for each in active.sessions().values())
 
     def free(self) -> int:

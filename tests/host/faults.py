@@ -42,7 +42,7 @@ REFRESHING: Mapping[str, str] = {
     "what is refused": "lib_precision_lora.host.loras.hosted:unreadable",
     "what has changed": "lib_precision_lora.host.loras.hosted:flat",
     "the policy": "lib_precision_lora.host.loras.hosted:_policy",
-    "the session": "lib_precision_lora.host.forge.binding:ForgeBinding._session",
+    "the session": "lib_precision_lora.host.loras.following:Following.session",
     "the plan's refusals": "lib_precision_lora.host.reservation.memory:MemoryPlanner.left_out",
     "other models": "lib_precision_lora.host.loras.failures:ForwardFailures.elsewhere",
     "the record": "lib_precision_lora.host.generation.record:Pass.followed",

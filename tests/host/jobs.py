@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.override import Override, request
 from lib_precision_lora.host.page.settings import Settings
 from tests.host.checkpoints import PICTURE, TOKENS, Checkpoint
@@ -182,7 +182,7 @@ def start_jobs(
 
 
 def settings() -> Settings:
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     return active.settings()
 

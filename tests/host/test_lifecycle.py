@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from lib_precision_lora.branch.session import session
-from lib_precision_lora.host import binding, install, uninstall
+from lib_precision_lora.host import install, installation, uninstall
 from lib_precision_lora.host.page.settings import register_settings
 from lib_precision_lora.ui.settings import AUTOMATIC, BESIDE, COMPUTE, DENSE, ENABLED, MERGE
 from tests.host.checkpoints import Checkpoint
@@ -98,7 +98,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @property
     def merged(self) -> bool:
-        return any(session.merged for session in binding.active().sessions().values())
+        return any(session.merged for session in installation.active().sessions().values())
 
     def same_objects(self) -> None:
         assert bases_of(self.checkpoint) == self.base

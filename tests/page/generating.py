@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.override import in_effect
 from tests.host.jobs import CheckpointFile, Jobs
 from tests.host.lora_files import Active, LoraFile, exact_output
@@ -65,7 +65,7 @@ class PageJobs(Jobs):
         """override, settings: what is in effect; storage: of the diffusion model; branches, merged, online:
         layers that have a branch of ours, that the host has merged, that it merges in every forward; error:
         of the output, relative, to that of a float64 merge."""
-        active, loader = binding.active(), self.host.current.model.lora_loader
+        active, loader = installation.active(), self.host.current.model.lora_loader
         assert active is not None
         exact = exact_output(self.host.current, p.prompts[0], self._active(p))
         return {

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lib_precision_lora.branch.session.overhead import StepTime
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.record import Pass
 from lib_precision_lora.host.generation.report import GenerationReport
 from lib_precision_lora.memory.meter import PeakMeter
@@ -45,7 +45,7 @@ class Generations:
 
     def begin(self, p: Any) -> None:
         """A generation begins; a nested one (of another extension) belongs to its own task's report, too."""
-        active = binding.active()
+        active = installation.active()
         if active is None:
             return
         p.precision_lora_started = started = Started(active.record.present.number, active.peak_meter())
@@ -59,7 +59,7 @@ class Generations:
     def end(self, p: Any, low_bits: str | None = None, finished: bool = True) -> GenerationReport | None:
         """The report of a generation at its end; finished: False where the user has interrupted it, perhaps
         before it came to its LoRAs."""
-        active, started = binding.active(), getattr(p, "precision_lora_started", None)
+        active, started = installation.active(), getattr(p, "precision_lora_started", None)
         if active is None or started is None:
             return None
         if finished:
@@ -76,7 +76,7 @@ class Generations:
 
     def html(self, task: str) -> str:
         """For the page that had this task done; nothing where it is not known (any more)."""
-        report, active = self._tasks.get(task), binding.active()
+        report, active = self._tasks.get(task), installation.active()
         if isinstance(report, Started):
             report = None if active is None else unfinished(active, report)
         return "" if report is None or not (report.files or report.problems) else applied_html(report)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_precision_lora import __version__
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.notices import INFOTEXT_SKIPPED
 from lib_precision_lora.host.generation.pop_ups import pop_up
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, OURS, PATCHERS
@@ -110,7 +110,7 @@ the other's."""
 def warn_of_what_is_not_pasted(infotext: str, values: Mapping[str, Any]) -> None:
     """Once for each paste, in the page and in the log. Who wrote the infotext may have written much: the page
     shows the first `MOST_POP_UPS` of it."""
-    if binding.active() is None:
+    if installation.active() is None:
         return
     problems = [f"{problem}." for problem in read_parameters(values, _low_bits_choices()).problems]
     hidden = len(problems) - MOST_POP_UPS

@@ -16,6 +16,7 @@ from torch import nn
 
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.branch.session.rescue import Trial
+from lib_precision_lora.host.interface import Host
 from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.reservation.memory import MemoryPlanner
 
@@ -23,19 +24,19 @@ logger = logging.getLogger("lib_precision_lora")
 
 
 class ForwardFailures:
-    """sessions: those that there are, by model; loaded: the host's list of loaded models; memory: what places
+    """sessions: those that there are, by model; host: the WebUI; memory: what places
     factors; tell: given a source (None: all) and a sentence; stop: raises where the user wants no image
     without a LoRA."""
 
     def __init__(
         self,
         sessions: Mapping[nn.Module, HostedSession],
-        loaded: Callable[[], Sequence[Any]],
+        host: Host,
         memory: MemoryPlanner,
         tell: Callable[[str | None, str], None],
         stop: Callable[[], None],
     ) -> None:
-        self._sessions, self._loaded = sessions, loaded
+        self._sessions, self._host = sessions, host
         self._memory, self._tell, self._stop = memory, tell, stop
 
     def watch(self, model: nn.Module, session: HostedSession) -> None:
@@ -57,11 +58,13 @@ class ForwardFailures:
         reason = f"it failed while the model was running ({type(error).__name__}: {error})"
         sentence = f"layer {name}: {reason}; what was computed before that has it"
         try:
-            patcher = next(each.model for each in self._loaded() if each.model.model is model)
+            patcher = next(
+                each.model for each in self._host.memory.current_loaded_models if each.model.model is model
+            )
             if session.leave_out(
                 PatchError(sentence, None, name), trial and self._after_placing(patcher, trial)
             ):
-                patcher.refresh_loras()
+                self._host.follow(patcher)
                 self._memory.place(patcher)
         except Exception:
             logger.exception("leaving out a LoRA that had failed failed, too")

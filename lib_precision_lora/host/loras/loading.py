@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from lib_precision_lora.adapters.adapter import AdapterError, require_number
-from lib_precision_lora.host.forge.patchers import KeptPatchers
 from lib_precision_lora.host.generation.notices import Notices
 from lib_precision_lora.host.generation.progress import Interrupted, Progress
 from lib_precision_lora.host.generation.record import Record
 from lib_precision_lora.host.generation.report import FileReport
+from lib_precision_lora.host.interface import Host, Kept
 from lib_precision_lora.host.loras.files import FileInterrupted, FileProblem, LoraFiles, Stamp
 from lib_precision_lora.host.loras.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.loras.strengths import reportable
@@ -38,12 +38,15 @@ class NetworkLoader:
     conditioning.
     """
 
-    def __init__(self, files: LoraFiles, notices: Notices, record: Record, progress: Progress) -> None:
+    def __init__(
+        self, host: Host, files: LoraFiles, notices: Notices, record: Record, progress: Progress
+    ) -> None:
+        self._host = host
         self._files = files
         self._progress = progress
         self._notices = notices
         self._record = record
-        self._patchers: weakref.WeakKeyDictionary[Any, KeptPatchers] = weakref.WeakKeyDictionary()
+        self._patchers: weakref.WeakKeyDictionary[Any, Kept] = weakref.WeakKeyDictionary()
         self._key_maps: weakref.WeakKeyDictionary[nn.Module, KeyMap] = weakref.WeakKeyDictionary()
         self._matches: weakref.WeakKeyDictionary[nn.Module, dict[Stamp, FileMatch]] = (
             weakref.WeakKeyDictionary()
@@ -75,7 +78,7 @@ class NetworkLoader:
             if not names:
                 self._use(engine, None)
                 return
-            kept = self._patchers[engine] = KeptPatchers(engine)
+            kept = self._patchers[engine] = self._host.keep(engine)
         kept.start(engine)
         matches: dict[Stamp, FileMatch] = {}
         versions: list[Stamp | None] = []
@@ -157,13 +160,10 @@ class NetworkLoader:
         self._files.clear()
         self.versions = ()
 
-    def _use(self, engine: Any, kept: KeptPatchers | None) -> None:
+    def _use(self, engine: Any, kept: Kept | None) -> None:
         """Make these patchers (the checkpoint's own where None) the engine's current ones."""
-        original = engine.forge_objects_original
         engine.current_lora_hash = OUR_HASH if kept is not None else str([])
-        engine.forge_objects.unet = original.unet if kept is None else kept.unet
-        engine.forge_objects.clip = original.clip if kept is None else kept.clip
-        engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+        self._host.use(engine, kept)
 
     def _read(self, engine: Any, name: str, unet: float, te: float) -> tuple[Stamp, FileMatch, Any]:
         """The file of this name: its version, its patches, and how the WebUI lists it.
@@ -209,19 +209,17 @@ class NetworkLoader:
 
     def _match(self, engine: Any, name: str, stamp: Stamp, pickles: bool = True) -> FileMatch:
         """The file's patches for this checkpoint, from the last call where nothing has changed."""
-        from backend.patcher import lora
-
         original = engine.forge_objects_original
         kept = self._matches.get(original.unet.model, {})
         if stamp in kept:
             return kept[stamp]
-        unet = self._key_map(original.unet.model, lora.model_lora_keys_unet)
+        unet = self._key_map(original.unet.model, self._host.lora.model_lora_keys_unet)
         clip = None
         if original.clip is not None:
-            clip = self._key_map(original.clip.cond_stage_model, lora.model_lora_keys_clip)
+            clip = self._key_map(original.clip.cond_stage_model, self._host.lora.model_lora_keys_clip)
         content = self._files.read(stamp, pickles)
         with self._progress.stage(f"LoRA {name}: checking") as tick:
-            return match_file(name, content, unet, clip, lora.load_lora, tick)
+            return match_file(name, content, unet, clip, self._host.parse, tick)
 
     def _key_map(self, model: nn.Module, make: Callable[..., Mapping[str, Any]]) -> KeyMap:
         """The host's names for a model's parameters, made in a dictionary of its own: the host's default

@@ -23,7 +23,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from lib_precision_lora import __version__
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.generations import COMPUTE_NAMES, GENERATIONS
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.page import api_models as models
@@ -76,7 +76,7 @@ def add_api(_: Any, app: FastAPI) -> None:
             tags=[TITLE],
             responses=refusals.get(name),
         )
-    if binding.active() is not None:
+    if installation.active() is not None:
         check_arguments_of_requests()
 
 
@@ -129,7 +129,7 @@ def check_credentials(given: Annotated[HTTPBasicCredentials, Depends(HTTPBasic()
 
 async def get_status() -> models.Status:
     """Reads values that nobody changes any more: any number of calls disturbs no generation."""
-    active, last = binding.active(), GENERATIONS.last
+    active, last = installation.active(), GENERATIONS.last
     settings = None if active is None else active.settings()
     return models.Status(
         version=__version__,
@@ -182,7 +182,7 @@ def get_plan(
     loras = [parse_lora(each) for each in lora]
     for name, _ in loras:
         find_lora(name)
-    active = binding.active()
+    active = installation.active()
     if active is None or not active.settings().enabled:
         raise HTTPException(409, "Precision LoRA is switched off: LoRAs are the WebUI's, which plans nothing")
     try:

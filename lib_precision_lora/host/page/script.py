@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lib_precision_lora.branch.session.undo import run_all
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation import infotext
 from lib_precision_lora.host.generation.generations import COMPUTE_NAMES, GENERATIONS, log_report
 from lib_precision_lora.host.page.arguments import wanted
@@ -37,7 +37,7 @@ def prepare_app(page: Any, app: Any) -> None:
 def leave() -> None:
     """The WebUI lets go of the script: nothing of ours stays in its own parts."""
     routes = sys.modules.get("lib_precision_lora.host.page.api")
-    run_all([binding.uninstall, *([] if routes is None else [routes.remove_api])])
+    run_all([installation.uninstall, *([] if routes is None else [routes.remove_api])])
 
 
 def make_ui(script: Any) -> list[Any] | None:
@@ -45,7 +45,7 @@ def make_ui(script: Any) -> list[Any] | None:
 
     None in a WebUI that the binding does not know, where there is nothing to choose.
     """
-    if binding.active() is None:
+    if installation.active() is None:
         return None
     from modules.ui_components import InputAccordion
 
@@ -61,7 +61,7 @@ def make_ui(script: Any) -> list[Any] | None:
 
 def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
     """Before a generation: what it wants otherwise than the settings, if anything."""
-    if binding.active() is None:
+    if installation.active() is None:
         return
     from lib_precision_lora.host.generation import override
 
@@ -79,7 +79,7 @@ def request_override(p: Any, arguments: tuple[Any, ...]) -> None:
 
 def begin_batch(p: Any) -> None:
     """An image, or several at once, of a generation begins: before its LoRAs are set."""
-    active = binding.active()
+    active = installation.active()
     if active is not None:
         p.precision_lora_batch = active.record.present.number
 
@@ -90,7 +90,7 @@ def write_parameters(p: Any) -> None:
     Before a pass is sampled, and again after: what it was made with is then known. Of an earlier batch,
     nothing stays.
     """
-    active = binding.active()
+    active = installation.active()
     if active is None:
         return
     from lib_precision_lora.host.generation import override
@@ -112,7 +112,7 @@ def write_parameters(p: Any) -> None:
 
 def report(p: Any) -> None:
     """After a generation: what was applied, to the log and for the page."""
-    if binding.active() is None:
+    if installation.active() is None:
         return
     from modules import shared
 
@@ -132,14 +132,14 @@ def show_notices(p: Any) -> None:
 
     The WebUI itself collects an engine's comments once, before the first pass.
     """
-    active = binding.active()
+    active = installation.active()
     if active is not None:
         active.notices.show(p.comment, p.extra_generation_params)
 
 
 def show_late_notices(p: Any, processed: Any) -> None:
     """Put messages that came up since then under the finished image."""
-    active = binding.active()
+    active = installation.active()
     if active is None:
         return
     for message in active.notices.unshown():

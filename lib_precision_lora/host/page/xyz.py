@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.infotext import MODES
 from lib_precision_lora.plain_text import plain
 from lib_precision_lora.ui.choices import COMPUTE_MODES, OURS
@@ -20,7 +20,7 @@ RELOADS, ATTACHES = 0.95, 0.3
 
 def add_axes() -> None:
     """Put our axes into the plot's list, once; none in a WebUI that the binding does not know."""
-    if binding.active() is None:
+    if installation.active() is None:
         return
     from modules import scripts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from lib_precision_lora.branch import PatchError
 from lib_precision_lora.branch.session.planning.footprint import Footprint
-from lib_precision_lora.host.loras.division import source_of
+from lib_precision_lora.host.interface import Host, LoadRequest
+from lib_precision_lora.host.loras.division import HostPatches, source_of
 from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.page.settings import Settings
 from lib_precision_lora.memory import Plan, plan_budget
@@ -24,28 +25,32 @@ logger = logging.getLogger("lib_precision_lora")
 TEXT_TOKENS = 512
 """Tokens of a text encoder's longest input."""
 
-Patches = Mapping[Any, Any]
-"""The host's `lora_patches`, or those of some of its files."""
+Patches = HostPatches
+"""All of a model's, or those of some of its files."""
 
 
 class Budgeting:
     """Asks the host for its numbers and the session for its footprints.
 
-    memory_management: the host's module; sessions: those that there are, by model; session: the one of a
+    host: the WebUI; sessions: those that there are, by model; session: the one of a
     model, made where missing.
     """
 
     def __init__(
         self,
-        memory_management: Any,
+        host: Host,
         sessions: Mapping[nn.Module, HostedSession],
         session: Callable[[nn.Module], HostedSession],
         settings: Callable[[], Settings],
     ) -> None:
-        self._host = memory_management
+        self._host = host
         self._sessions = sessions
         self._session = session
         self._settings = settings
+
+    def patches(self, patcher: Any) -> HostPatches:
+        """Those that this patcher's model is to have."""
+        return self._host.patches(patcher)
 
     def footprints(self, patcher: Any, patches: Patches) -> Mapping[str, Footprint]:
         """What each branch takes; a file that does not fit the model, which is said when it is attached,
@@ -73,24 +78,20 @@ class Budgeting:
         self,
         patcher: Any,
         footprints: Mapping[str, Footprint],
-        models: Sequence[Any],
-        required: float,
-        kept: float,
-        positions: int | None,
+        request: LoadRequest,
     ) -> Plan:
-        """models: all that the host is about to load; required, kept: its own `memory_required` and
-        `hard_memory_preservation`, bytes; positions: of the latent image, None where it is not known."""
-        host, device = self._host, patcher.load_device
+        """The plan of one patcher with these footprints, among all that the host is about to load."""
+        host, device, positions = self._host.memory, patcher.load_device, request.positions
         tokens = positions if positions and hasattr(patcher.model, "diffusion_model") else TEXT_TOKENS
         on_cpu = host.is_device_cpu(device)
         sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
         workspace = max((each.workspace_bytes(tokens) for each in footprints.values()), default=0)
         total = int(host.get_total_memory(device))
-        inference = self.at_most_the_card(max(host.minimum_inference_memory(), required) + kept, device)
+        inference = self.at_most_the_card(self._host.beside(request.required) + request.kept, device)
         if on_cpu:  # whose memory is not divided between a card and RAM
             return Plan("resident", sum(sizes.values()) + workspace, 0, sum(sizes.values()), 0, 0)
         return plan_budget(
-            base_bytes=sum(int(host.module_size(each.model)) for each in models),
+            base_bytes=sum(self._host.size(each.model) for each in request.models),
             factor_bytes=sum(sizes.values()),
             workspace_bytes=workspace,
             inference_bytes=int(inference),
@@ -103,7 +104,7 @@ class Budgeting:
 
     def at_most_the_card(self, size: float, device: Any) -> float:
         """The request, or the card's size where it is larger, or no number at all."""
-        total = self._host.get_total_memory(device)
+        total = self._host.memory.get_total_memory(device)
         if math.isfinite(size) and size <= total:
             return size
         return float(total)
@@ -116,11 +117,11 @@ class Budgeting:
     def _free_without_models(self, device: Any) -> int:
         """What is free once every model and every factor has left the device."""
         held = 0
-        for loaded in self._host.current_loaded_models:
+        for loaded in self._host.memory.current_loaded_models:
             if loaded.device == device:
-                held += int(self._host.module_size(loaded.model.model, include_device=loaded.device))
+                held += self._host.size(loaded.model.model, loaded.device)
                 held += self.placed(loaded.model.model)
-        return int(self._host.get_free_memory(device)) + held
+        return int(self._host.memory.get_free_memory(device)) + held
 
 
 def without(patches: Patches, sources: set[str | None]) -> Patches:

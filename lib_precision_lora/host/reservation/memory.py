@@ -18,6 +18,7 @@ from torch import nn
 
 from lib_precision_lora.branch import PatchError, PatchMemoryError
 from lib_precision_lora.host.generation.progress import Interrupted, Stage
+from lib_precision_lora.host.interface import Host, LoadRequest
 from lib_precision_lora.host.loras.division import source_of
 from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.reservation.budgeting import Budgeting, activation_type
@@ -58,34 +59,29 @@ class MemoryReport:
 class MemoryPlanner:
     """Plans the memory of every model with LoRAs, at each call of the host's `load_models_gpu`.
 
-    memory_management: the host's module; session: the one of a model, made where missing; tell: given a
+    host: the WebUI; session: the one of a model, made where missing; tell: given a
     source that is left out, and why; stage: where placing is shown.
     """
 
     def __init__(
         self,
-        memory_management: Any,
+        host: Host,
         budgeting: Budgeting,
         planning: Planning,
         session: Callable[[nn.Module], HostedSession],
         tell: Callable[[str, str], None],
         stage: Stage,
     ) -> None:
-        self._host = memory_management
+        self._host = host
         self._budgeting, self._planning = budgeting, planning
         self._session = session
         self._tell = tell
         self._plans: weakref.WeakKeyDictionary[nn.Module, ModelPlan] = weakref.WeakKeyDictionary()
         self._granted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._stage = stage
-        self._positions: int | None = None
         self._granted_for: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
         self._measured: weakref.WeakKeyDictionary[nn.Module, Placed] = weakref.WeakKeyDictionary()
         self._seconds = 0.0
-
-    def image(self, positions: int | None) -> None:
-        """How many positions the latent image has that is sampled now; None: no longer."""
-        self._positions = positions
 
     def left_out(self, model: nn.Module) -> frozenset[str]:
         """The sources that do not fit on the card."""
@@ -96,26 +92,22 @@ class MemoryPlanner:
         for kept in (self._plans, self._granted, self._granted_for, self._measured):
             kept.pop(model, None)
 
-    def prepare(self, patchers: Sequence[Any], models: Sequence[Any], required: float, kept: float) -> int:
-        """Plan these patchers, with everything that is to be loaded with them; bytes to ask the host for.
-
-        models: all that the host is about to load; required, kept: its own `memory_required` and
-        `hard_memory_preservation`.
-        """
+    def prepare(self, patchers: Sequence[Any], request: LoadRequest) -> int:
+        """Plan these patchers, among everything that is to be loaded with them; bytes to ask the host for."""
         if not patchers:
             return 0
         start = time.perf_counter()
         reserve = 0
         try:
             for patcher in patchers:
-                decided, refused = self._planning.plan(patcher, models, required, kept, self._positions)
+                decided, refused = self._planning.plan(patcher, request)
                 self._plans[patcher.model] = decided
                 for source, plan in refused.items():
                     self._refuse(source, plan)
             reserve = sum(self._reserve(patcher) for patcher in patchers)
-            room = max(self._host.minimum_inference_memory(), required) + kept + reserve
+            room = self._host.beside(request.required) + request.kept + reserve
             for patcher in patchers:
-                self._make_room(patcher, models, room)
+                self._make_room(patcher, request.models, room)
             reserve = sum(self._reserve(patcher) for patcher in patchers)
         except Exception:  # an unplanned LoRA is better than no image
             logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
@@ -152,7 +144,7 @@ class MemoryPlanner:
                         self.bring(patcher, tick)
                 except PatchError as error:
                     if session.leave_out(error, partial(self.bring, patcher)):
-                        patcher.refresh_loras()
+                        self._host.follow(patcher)
                         continue
                 self._seconds += time.perf_counter() - start
                 self._log(patcher, decided)
@@ -164,11 +156,11 @@ class MemoryPlanner:
         finally:
             self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
-    def guard(self, host_free_memory: Callable[..., None]) -> Callable[..., None]:
+    def guard(self, host_free_memory: Callable[..., Any]) -> Callable[..., Any]:
         """The host's `free_memory`, never asked for more than the card has."""
 
-        def free_memory(memory_required: float, device: Any, *args: Any, **kwargs: Any) -> None:
-            host_free_memory(self.at_most_the_card(memory_required, device), device, *args, **kwargs)
+        def free_memory(memory_required: float, device: Any, *args: Any, **kwargs: Any) -> Any:
+            return host_free_memory(self.at_most_the_card(memory_required, device), device, *args, **kwargs)
 
         return free_memory
 
@@ -178,7 +170,7 @@ class MemoryPlanner:
 
     def beside_the_least(self, kept: float, device: Any) -> float:
         """At most what the card has beside the least that the host keeps free for every generation."""
-        room = self._host.get_total_memory(device) - self._host.minimum_inference_memory()
+        room = self._host.memory.get_total_memory(device) - self._host.memory.minimum_inference_memory()
         return min(kept, max(0.0, float(room)))
 
     def report(self, models: Sequence[nn.Module]) -> MemoryReport | None:
@@ -207,13 +199,13 @@ class MemoryPlanner:
 
     def _make_room(self, patcher: Any, models: Sequence[Any], needed: float) -> None:
         """Unload a model that stands on the card where the host would leave too little beside it."""
-        host, device, model = self._host, patcher.load_device, patcher.model
+        host, device, model = self._host.memory, patcher.load_device, patcher.model
         here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
         granted, wanted = self._granted.get(model, 0), self._plans[model].plan.reserve_bytes
-        files = frozenset(source_of(key) for key in patcher.lora_patches)
+        files = frozenset(source_of(key) for key in self._host.patches(patcher))
         same_files = self._granted_for.get(model) == files
         self._granted_for[model] = files
-        if not here or host.is_device_cpu(device):
+        if not here or self._host.gives_way or host.is_device_cpu(device):
             self._granted[model] = wanted
             return
         if wanted > granted * A_LITTLE_MORE:

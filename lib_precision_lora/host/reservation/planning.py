@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lib_precision_lora.host.interface import LoadRequest
 from lib_precision_lora.host.loras.division import source_of
 from lib_precision_lora.host.reservation.budgeting import Budgeting, Patches, without
 from lib_precision_lora.memory import Plan
@@ -41,22 +42,16 @@ class Planning:
     def plan(
         self,
         patcher: Any,
-        models: Sequence[Any],
-        required: float,
-        kept: float,
-        positions: int | None,
+        request: LoadRequest,
     ) -> tuple[ModelPlan, dict[str, Plan]]:
         """The plan with every file, or with each that fits beside those before it, and of each other one the
-        plan that was refused.
-
-        models: all that are to be loaded; required, kept: the host's own `memory_required` and
-        `hard_memory_preservation`; positions: of the latent image, None where none is sampled.
-        """
-        sources = {source_of(key) for key in patcher.lora_patches}
+        plan that was refused."""
+        every = self._budgeting.patches(patcher)
+        sources = {source_of(key) for key in every}
         together = any(each.model is patcher.model for each in self._checkpoint())
         elsewhere = self.refused() if together else {}
-        patches = without(patcher.lora_patches, set(elsewhere))
-        decided, refused = self._choose(patcher, patches, models, required, kept, positions)
+        patches = without(every, set(elsewhere))
+        decided, refused = self._choose(patcher, patches, request)
         refused = {source: plan for source, plan in {**refused, **elsewhere}.items() if source in sources}
         return dataclasses.replace(decided, left_out=frozenset(refused)), refused
 
@@ -66,7 +61,7 @@ class Planning:
         found: dict[str, Plan] = {}
         try:
             for patcher in self._checkpoint():
-                found |= self._choose(patcher, patcher.lora_patches, [patcher], 0, 0, 1)[1]
+                found |= self._choose(patcher, self._budgeting.patches(patcher), _smallest(patcher))[1]
         except Exception:
             logger.exception("planning the memory of LoRAs failed; please report it with the console's log")
         return found
@@ -80,16 +75,17 @@ class Planning:
         required: the host's own `memory_required` for each. Raises `PatchError` as attaching does.
         """
         for patcher in patchers:
-            self._budgeting.sketch(patcher, patcher.lora_patches)
-        alone = [self._choose(each, each.lora_patches, [each], 0, 0, 1)[1] for each in patchers]
+            self._budgeting.sketch(patcher, self._budgeting.patches(patcher))
+        alone = [self._choose(each, self._budgeting.patches(each), _smallest(each))[1] for each in patchers]
         elsewhere = {source for refused in alone for source in refused}
         foreseen = []
         for patcher, own, size in zip(patchers, alone, required, strict=True):
+            every, request = self._budgeting.patches(patcher), LoadRequest([patcher], size, 0, positions)
             if own:  # refused for the smallest image already: told by the numbers of this one
-                own |= self._choose(patcher, patcher.lora_patches, [patcher], size, 0, positions)[1]
-            patches = without(patcher.lora_patches, elsewhere)
-            decided, refused = self._choose(patcher, patches, [patcher], size, 0, positions)
-            left_out = frozenset({source_of(key) for key in patcher.lora_patches} & {*elsewhere, *refused})
+                own |= self._choose(patcher, every, request)[1]
+            patches = without(every, elsewhere)
+            decided, refused = self._choose(patcher, patches, request)
+            left_out = frozenset({source_of(key) for key in every} & {*elsewhere, *refused})
             foreseen.append((ModelPlan(decided.plan, decided.resident, left_out), own | refused))
         return foreseen
 
@@ -97,16 +93,13 @@ class Planning:
         self,
         patcher: Any,
         patches: Patches,
-        models: Sequence[Any],
-        required: float,
-        kept: float,
-        positions: int | None,
+        request: LoadRequest,
     ) -> tuple[ModelPlan, dict[str, Plan]]:
         """The plan with as many of these files as fit, and of each other one the plan that was refused."""
 
         def decide(patches: Patches) -> ModelPlan:
             footprints = self._budgeting.footprints(patcher, patches)
-            plan = self._budgeting.budget(patcher, footprints, models, required, kept, positions)
+            plan = self._budgeting.budget(patcher, footprints, request)
             resident = None
             if plan.placement == "streamed":
                 sizes = {name: allocated_bytes(each.factors) for name, each in footprints.items()}
@@ -127,3 +120,8 @@ class Planning:
                 left_out.remove(source)
                 decided = trial
         return decided, refused
+
+
+def _smallest(patcher: Any) -> LoadRequest:
+    """This model alone, with an image of one position."""
+    return LoadRequest([patcher], positions=1)

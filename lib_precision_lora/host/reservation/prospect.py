@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_precision_lora.branch import PatchError
-from lib_precision_lora.host.forge.patchers import KeptPatchers
+from lib_precision_lora.host.interface import Host
 from lib_precision_lora.host.loras.division import source_of
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.loading import NetworkLoader
@@ -61,6 +61,7 @@ class Prospect:
 
 
 def foresee(
+    host: Host,
     loader: NetworkLoader,
     planning: Planning,
     loras: Sequence[tuple[str, float]],
@@ -79,7 +80,7 @@ def foresee(
         raise NoCheckpointError(
             "No checkpoint is loaded: load one, by a generation for example, and ask again"
         )
-    kept = KeptPatchers(engine)
+    kept = host.keep(engine)
     names: dict[str, str] = {}
     for name, strength in loras:
         try:
@@ -102,7 +103,7 @@ def foresee(
         raise FileProblem(f"A LoRA would be left out: {sentence}") from None
     found = []
     for patcher, (decided, refused) in zip(patchers, foreseen, strict=True):
-        sources = tuple(dict.fromkeys(source_of(key) for key in patcher.lora_patches))
+        sources = tuple(dict.fromkeys(source_of(key) for key in host.patches(patcher)))
         found.append(_prospect(decided, refused, sources, names))
     return Prospect(found[0], found[1] if len(found) > 1 else None)
 

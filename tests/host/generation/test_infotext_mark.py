@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib_precision_lora import __version__
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.infotext import LOW_BITS, MARK, MODE, OURS_IN_INFOTEXT, VERSION
 from lib_precision_lora.host.generation.notices import INFOTEXT_SKIPPED
 from lib_precision_lora.host.loras.hosted import HostedSession
@@ -102,7 +102,7 @@ def test_an_image_whose_loras_could_not_be_attached_has_no_mark(
 ) -> None:
     """The first of two: before it is sampled, nobody knows that it will have none. What was left out of one
     image stands in the parameters of all."""
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     first, follow = active.record.present.number + 1, HostedSession.follow
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation import progress
 from lib_precision_lora.host.generation.notices import GenerationStopped
 from lib_precision_lora.host.loras.hosted import HostedSession
@@ -63,7 +63,7 @@ def test_whenever_it_is_pressed_each_model_has_all_or_nothing_and_the_next_image
     possible, whole = outcomes(checkpoint, files), exact_output(checkpoint, "a cat", active(files))
     while True:
         checkpoint = load_checkpoint(host, lambda: Checkpoint(host))
-        binding.active().loader.stand_back()  # type: ignore[union-attr]
+        installation.active().loader.stand_back()  # type: ignore[union-attr]
         base = bases_of(checkpoint)
         with job(host, button, presses) as user:
             image = generate(host, PROMPT)
@@ -178,7 +178,7 @@ def test_the_image_after_a_skipped_one_has_its_loras_and_says_so(jobs: Jobs, fil
     host, seen = jobs.host, []
 
     def during(p: Any) -> None:
-        active = binding.active()
+        active = installation.active()
         assert active is not None
         active.notices.show(p.comment, p.extra_generation_params)
         report = active.record.present
@@ -198,7 +198,7 @@ def test_the_image_after_a_skipped_one_has_its_loras_and_says_so(jobs: Jobs, fil
 
 def test_a_stale_flag_interrupts_no_plan(host: Host, checkpoint: Checkpoint, files: Files) -> None:
     """As the API leaves it: no job runs, and the flag stands."""
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host.shared.state, "interrupted", True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch.session import overhead
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.generations import GENERATIONS, KEPT_TASKS, Generations, log_report
 from lib_precision_lora.host.generation.notices import GenerationStopped
 from lib_precision_lora.host.generation.report import FileReport, GenerationReport
@@ -179,7 +179,7 @@ def test_memory_is_what_stands_there_and_what_was_planned_for_it(host: Host, che
     """Planned as the allocator rounds: up to 511 bytes more for each of the few tensors of a layer."""
     make_lora("cats").write(host)
     report = report_of(host, "<lora:cats:1>")
-    active: Any = binding.active()
+    active: Any = installation.active()
     placed = sum(session.placed_bytes for session in active.sessions().values())
     assert report.measured_bytes == placed > 0
     assert report.planned_bytes is not None

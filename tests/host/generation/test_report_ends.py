@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host import binding, install, uninstall
-from lib_precision_lora.host.forge import binding as forge
+from lib_precision_lora.host import binding as forge
+from lib_precision_lora.host import install, installation, uninstall
 from lib_precision_lora.host.generation.generations import GENERATIONS, log_report
 from lib_precision_lora.host.generation.override import Override
 from lib_precision_lora.host.page import script
@@ -197,7 +197,7 @@ def test_taken_out_while_an_image_is_sampled_it_stays_to_the_end_of_that_image(j
     with_lora, again = outputs(jobs, uninstall)
     assert torch.equal(with_lora, again), "half of a LoRA"
     assert last() == (["cats"], True)
-    assert binding.active() is None
+    assert installation.active() is None
     assert all(swapped(jobs.host)[name] is not function for name, function in ours.items())
     assert hooks_of(jobs.host.current.model) == 0
     assert last() == (["cats"], True), "the report stays"
@@ -211,11 +211,11 @@ def test_what_fails_after_it_was_taken_out_is_told_and_it_leaves(jobs: Jobs) -> 
     with pytest.raises(Fault):
         run(jobs, during=during)
     assert last() == (["cats"], False)
-    assert binding.active() is None
+    assert installation.active() is None
 
 
 def test_put_in_again_before_the_image_is_done_it_does_not_leave(jobs: Jobs) -> None:
-    active = binding.active()
+    active = installation.active()
 
     def during(p: Any) -> None:
         uninstall()
@@ -223,16 +223,16 @@ def test_put_in_again_before_the_image_is_done_it_does_not_leave(jobs: Jobs) -> 
         assert install()
 
     run(jobs, during=during)
-    assert binding.active() is active
+    assert installation.active() is active
     run(jobs, "<lora:dogs:1>")
     assert last() == (["dogs"], True)
     uninstall()
-    assert binding.active() is None, "at once, where no image is being made"
+    assert installation.active() is None, "at once, where no image is being made"
 
 
 def in_effect() -> tuple[str, str]:
     """Who applies LoRAs now, and how."""
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     return active.record.present.patcher, active.record.present.compute
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.logs import set_up_logging
 from tests.host.checkpoints import Checkpoint
 from tests.host.images import generate
@@ -47,7 +47,7 @@ def shown(console: io.StringIO) -> list[str]:
 
 def said(image: Any) -> str:
     """All that stands under an image and in its parameters, and the report of its generation."""
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     reports = [entry.file.problem or "" for entry in active.record.present.entries]
     return "\n".join([*image.comments, *map(str, image.parameters.values()), *reports])
@@ -99,7 +99,7 @@ def test_a_traceback_with_a_foreign_text_forges_no_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_lora("cats").write(host)
-    active = binding.active()
+    active = installation.active()
     assert active is not None
 
     def fail(*_: Any, **__: Any) -> Any:

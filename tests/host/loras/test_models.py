@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host import binding, uninstall
+from lib_precision_lora.host import installation, uninstall
 from lib_precision_lora.ui.settings import DENSE, ENABLED, MERGE
 from tests.host.checkpoints import PICTURE, Checkpoint
 from tests.host.damage import cats_and_dogs
@@ -61,7 +61,7 @@ def test_nothing_of_ours_keeps_a_checkpoint_alive(host: Host) -> None:
     gc.collect()
     assert [reference() for reference in references] == [None] * 5
     assert [hook() for hook in hooks] == [None] * len(hooks)
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     assert len(active.sessions()) == 0
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.ui.settings import CACHE
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
 from tests.host.images import Image, distance, generate
@@ -181,7 +181,7 @@ def test_many_generations_keep_as_much_as_one(host: Host, checkpoint: Checkpoint
     for seed in range(8):
         make_lora(f"file{seed}", seed=seed).write(host)
         generate(host, f"a cat<lora:file{seed}:1>")
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     assert len(active.sessions()) == 2
     (kept,) = active.loader._matches.values()

@@ -131,7 +131,7 @@ def test_a_fault_before_the_loras_of_a_prompt_are_read_is_said(
 ) -> None:
     """The WebUI would go on with those of the former prompt."""
     generate(host, "a cat<lora:dogs:1>")
-    with failing("lib_precision_lora.host.forge.binding:unreadable"):
+    with failing("lib_precision_lora.host.binding:unreadable"):
         image, report = reported(host, "a cat<lora:cats:1>")
     assert [file.name for file in report.left_out] == ["cats"]
     assert any("LoRA cats was left out" in comment for comment in image.comments)

@@ -10,7 +10,7 @@ import pytest
 
 import lib_precision_lora.host.generation as generation_package
 from lib_precision_lora import __version__
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation import infotext
 from lib_precision_lora.host.generation.infotext import (
     LOW_BITS,
@@ -31,7 +31,7 @@ CHOICES = (AS_SET, "Automatic", "bnb-nf4", "float8-e4m3fn")
 @pytest.fixture
 def _low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A WebUI that the binding knows, with these choices."""
-    monkeypatch.setattr(binding, "active", object)
+    monkeypatch.setattr(installation, "active", object)
     override = SimpleNamespace(low_bits_choices=lambda: list(CHOICES))
     monkeypatch.setattr(generation_package, "override", override, raising=False)
 
@@ -219,7 +219,7 @@ def test_in_a_webui_that_the_binding_does_not_know_nothing_is_added(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor is anything of it imported, which may be missing."""
-    monkeypatch.setattr(binding, "active", lambda: None)
+    monkeypatch.setattr(installation, "active", lambda: None)
     monkeypatch.setitem(sys.modules, "modules", None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     p = SimpleNamespace(extra_generation_params={})

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.page import script as steps
 from lib_precision_lora.host.page.settings import OPTIONS
 from tests.host.webui import Host
@@ -46,11 +46,11 @@ def test_our_axes_are_there_with_the_page_and_a_script_that_is_unloaded_leaves(
 ) -> None:
     left: list[bool] = []
     monkeypatch.setattr(steps, "add_axes", lambda: left.append(False))
-    monkeypatch.setattr(steps.binding, "uninstall", lambda: left.append(True))
+    monkeypatch.setattr(steps.installation, "uninstall", lambda: left.append(True))
     steps.prepare_ui()
     steps.leave()
     assert left == [False, True]
-    assert binding.active() is not None
+    assert installation.active() is not None
 
 
 @pytest.mark.parametrize("api", [True, False])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lib_precision_lora.host import binding, uninstall
+from lib_precision_lora.host import installation, uninstall
 from lib_precision_lora.ui.settings import ENABLED
 from tests.host.checkpoints import Checkpoint
 from tests.host.images import load_checkpoint
@@ -38,7 +38,7 @@ def refused(answer: Any, status: int) -> str:
 
 
 def test_the_answer_is_the_plan_of_the_loras_asked_for(api: TestClient, checkpoint: Checkpoint) -> None:
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     query = {"lora": ["cats:0.8", "dogs"], "width": 512, "height": 256}
     answer = api.get(PLAN, params=query)
@@ -137,7 +137,7 @@ def test_a_failure_of_ours_is_a_sentence_and_the_queue_goes_on(
         raise RuntimeError("secret detail")
 
     with monkeypatch.context() as patch:
-        patch.setattr(binding, "active", lambda: SimpleNamespace(settings=settings, plan_for=fail))
+        patch.setattr(installation, "active", lambda: SimpleNamespace(settings=settings, plan_for=fail))
         assert refused(api.get(PLAN, params={"lora": "cats"}), 500) == (
             "Planning failed; the WebUI's log says why"
         )

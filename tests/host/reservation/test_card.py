@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.reservation import memory as planning
 from lib_precision_lora.memory.meter import ByteMeter
 from lib_precision_lora.ui.settings import MARGIN, PLACEMENT, STREAMED
@@ -66,7 +66,7 @@ def test_what_is_told_to_stand_on_the_card_is_never_that_of_the_former_files(
 ) -> None:
     cats, dogs = file_of(host, "cats", 8), file_of(host, "dogs", 4)
     generate(host, prompt("a cat", Active(cats)))
-    assert binding.active().memory_report.measured_bytes == factor_bytes(8)
+    assert installation.active().memory_report.measured_bytes == factor_bytes(8)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no such luck")
@@ -74,7 +74,7 @@ def test_what_is_told_to_stand_on_the_card_is_never_that_of_the_former_files(
     monkeypatch.setattr(PatchSession, "place", fail)
     image = generate(host, prompt("a cat", Active(dogs)))
     assert distance(image, exact_output(checkpoint, "a cat", [Active(dogs)])) < EXACT
-    assert binding.active().memory_report.measured_bytes == 0, "the first forward has placed them, later"
+    assert installation.active().memory_report.measured_bytes == 0, "the first forward has placed them, later"
 
 
 def test_a_text_encoder_is_planned_as_a_model_is(host: Host, card: Card, checkpoint: Checkpoint) -> None:
@@ -167,7 +167,7 @@ def test_small_steps_down_add_up_to_one_worth_a_move(
     for rank in ranks:
         image = generate(host, prompt("a cat", files[rank]))
         assert distance(image, exact_output(checkpoint, "a cat", [files[rank]])) < EXACT
-        wanted.append(binding.active().memory._plans[checkpoint.model].plan.reserve_bytes)
+        wanted.append(installation.active().memory._plans[checkpoint.model].plan.reserve_bytes)
     assert all(before - after < 3000 for before, after in pairwise(wanted))
     assert wanted[0] - wanted[-1] > 3000
     assert [size == base for size in placed(card)] == [False, True]
@@ -180,7 +180,7 @@ def test_streamed_factors_make_the_same_image(
     active = Active(file_of(host, "cats", 64))
     base, context = size_of(checkpoint.model), torch.zeros(8)
     resident = generate(host, prompt("a cat", active))
-    report = binding.active().memory_report
+    report = installation.active().memory_report
     assert report.streamed_bytes == 0
     assert report.extra_bytes == factor_bytes(64) + workspace_bytes(64)
     with torch.inference_mode(), ByteMeter() as beside:
@@ -194,13 +194,13 @@ def test_streamed_factors_make_the_same_image(
     card.forget()
     with log_lines(20) as lines:
         streamed = generate(host, prompt("a cat", active))
-    report = binding.active().memory_report
+    report = installation.active().memory_report
     assert report.streamed_bytes == factor_bytes(64) - card.factors()
     assert report.measured_bytes == card.factors()
     assert report.extra_bytes == least_bytes(64) + more
     assert torch.equal(streamed.values, resident.values)
     assert placed(card) == [base], "no layer of the checkpoint gives way to factors that can be streamed"
-    (session,) = [each for each in binding.active().sessions().values() if each.attached]
+    (session,) = [each for each in installation.active().sessions().values() if each.attached]
     assert card.factors() <= more
     assert (card.factors() > 0) == (kind == "a part")
     assert len(session._session.streamed) == (3 if kind == "a part" else 4)

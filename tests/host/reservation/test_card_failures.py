@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import PatchSession
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from tests.host.card import Card, card_with_us
 from tests.host.checkpoints import Checkpoint
 from tests.host.images import generate
@@ -99,4 +99,4 @@ def test_a_card_that_is_full_at_placement_leaves_nothing_of_the_set_on_it(
         image = generate(host, prompt("a cat", Active(lora)))
     assert card.factors() == 0
     assert torch.equal(image.values, generate(host, "a cat").values)
-    assert all(not session.attached for session in binding.active().sessions().values())
+    assert all(not session.attached for session in installation.active().sessions().values())

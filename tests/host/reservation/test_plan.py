@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lib_precision_lora.host import binding
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.reservation.prospect import NoCheckpointError
 from lib_precision_lora.ui.settings import TEXT_ENCODERS
@@ -39,7 +39,7 @@ def host(bare_host: Host, card: Card) -> Host:
 
 
 def plan_for(*loras: tuple[str, float]) -> Any:
-    active = binding.active()
+    active = installation.active()
     assert active is not None
     return active.plan_for(loras, POSITIONS)
 
@@ -95,7 +95,7 @@ def test_a_small_card_streams_and_a_smaller_one_leaves_out_what_the_plan_names(
 
 def state(host: Host, card: Card) -> dict[str, Any]:
     """All that a generation leaves behind, by identity where it is no plain value."""
-    active, engine = binding.active(), host.current
+    active, engine = installation.active(), host.current
     assert active is not None
     patchers = [
         patcher
