@@ -11,16 +11,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """`module:path` must exist; where it is a function, it must take these parameters, in this order.
+    """`module:path` must exist; a function that is swapped must take these parameters, in this order: the host
+    may name them.
 
     `path` may go through a class (`LoraLoader.refresh`). An empty `parameters` asks for existence alone. own:
-    the class must define the method itself: what it would inherit does nothing.
+    the class must define the method itself: what it would inherit does nothing. called: the function is
+    called and not swapped: it must take so many arguments, whatever it calls them.
     """
 
     module: str
     path: str
     parameters: tuple[str, ...] = ()
     own: bool = False
+    called: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.path}"
@@ -46,6 +49,12 @@ class Requirement:
             parameter.kind for parameter in parameters.values()
         }:
             return None  # another extension's wrapper, which passes on what it gets
+        if self.called:
+            try:
+                inspect.signature(found).bind(*self.parameters)
+            except TypeError:
+                return f"{self} takes ({', '.join(present)}), not ({', '.join(self.parameters)})"
+            return None
         if tuple(name for name in present if name in self.parameters) != self.parameters:
             return f"{self} takes ({', '.join(present)}), not ({', '.join(self.parameters)})"
         return None

@@ -1,6 +1,6 @@
 """A small SD 1.5 checkpoint with random weights, and LoRA files for it.
 
-python -m tests.forge.checkpoint FORGE_ROOT OUT   writes the checkpoint, by Forge's own classes
+python -m tests.forge.checkpoint ROOT OUT   writes the checkpoint, by the classes of Forge or Forge Neo
 
 The UNet has one attention block at each of two levels instead of twelve; VAE and CLIP have their full size,
 because Forge builds those two from its own configuration files, whatever the checkpoint holds. All UNet
@@ -76,8 +76,10 @@ def _lora_name(key: str, weight: Tensor) -> str | None:
 
 
 def _write(forge_root: Path, out: Path) -> None:
-    sys.argv = [sys.argv[0], "--always-cpu"]
-    sys.path[:0] = [str(forge_root / part) for part in ("", "packages_3rdparty")]
+    neo = forge_root / "modules_forge/packages"
+    sys.argv = [sys.argv[0], "--cpu" if neo.is_dir() else "--always-cpu"]
+    packages = neo if neo.is_dir() else forge_root / "packages_3rdparty"
+    sys.path[:0] = [str(forge_root), str(packages)]
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.manual_seed(15)
     with torch.no_grad():

@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -23,6 +23,9 @@ import numpy as np
 from PIL import Image
 
 from lib_precision_lora.ui.settings import OPTIONS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 300
@@ -104,8 +107,11 @@ class WebUI:
     root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
     models folder; extension: whether Precision LoRA is there, as a link to this repository; credentials:
     "user:password" that its API asks for, which this client gives; others: further extensions, by name;
-    page_defaults: what the page begins with, beside `PAGE_DEFAULTS`.
+    page_defaults: what the page begins with, beside `PAGE_DEFAULTS`. flags: of the command line; another
+    host has others.
     """
+
+    flags: Sequence[str] = FLAGS
 
     def __init__(
         self,
@@ -125,15 +131,15 @@ class WebUI:
         self.url = f"http://127.0.0.1:{_free_port()}"
         self._log = data / "server.log"
         self._config = data / "config.json"
-        self._config.write_text(json.dumps(SETTINGS))
+        self._config.write_text(json.dumps({**SETTINGS, **self.first_settings(root)}))
         (data / "ui-config.json").write_text(json.dumps({**PAGE_DEFAULTS, **page_defaults}))
         self._opener = build_opener(ProxyHandler({}))
-        arguments = [*FLAGS, "--port", self.url.rpartition(":")[2], "--data-dir", str(data)]
+        arguments = [*self.flags, "--port", self.url.rpartition(":")[2], "--data-dir", str(data)]
         self._headers = {}
         if credentials is not None:
             arguments += [f"--api-auth={credentials}"]
             self._headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
-        arguments += ["--models-dir", str(models), "--gradio-allowed-path", str(root)]
+        arguments += [*self.models_from(data, models), "--gradio-allowed-path", str(root)]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
         places = {"HF_HOME": str(data / "huggingface"), "GRADIO_TEMP_DIR": str(data / "gradio")}
         with self._log.open("w") as log:
@@ -146,7 +152,15 @@ class WebUI:
                 stderr=subprocess.STDOUT,
             )
 
-    def __enter__(self) -> WebUI:
+    def first_settings(self, root: Path) -> dict[str, Any]:
+        """What else the host's settings must say, or it would ask."""
+        return {}
+
+    def models_from(self, data: Path, models: Path) -> list[str]:
+        """Arguments of the command line by which the host finds its models in this folder."""
+        return ["--models-dir", str(models)]
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

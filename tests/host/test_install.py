@@ -170,11 +170,23 @@ def test_a_host_with_another_signature_keeps_working_without_us(
     before = swapped(bare_host)
     owner, name = owner_of(BY_NAME[changed])
     with monkeypatch.context() as patch, log_lines() as lines:
-        patch.setattr(owner, name, lambda something, surprising: None)
+        patch.setattr(owner, name, lambda *, surprising: None)
         assert not install()
     assert len(lines) == 1
     assert changed in lines[0]
     assert_stock(bare_host, before)
+
+
+@pytest.mark.parametrize("changed", [name for name in FUNCTIONS if BY_NAME[name].called])
+def test_what_is_only_called_may_name_its_arguments_otherwise(
+    bare_host: Host, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = owner_of(BY_NAME[changed])
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda first, second=None, *, third=None: None)
+        assert BY_NAME[changed].failure() is None
+        patch.setattr(owner, name, lambda first, second, third, fourth: None)
+        assert BY_NAME[changed].failure() is not None
 
 
 @pytest.mark.parametrize("module", sorted({requirement.module for requirement in REQUIREMENTS}))

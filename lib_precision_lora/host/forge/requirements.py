@@ -11,14 +11,14 @@ REQUIREMENTS = (
         "LoraLoader.refresh",
         ("self", "lora_patches", "offload_device", "force_refresh"),
     ),
-    Requirement("backend.patcher.lora", "load_lora", ("lora", "to_load")),
+    Requirement("backend.patcher.lora", "load_lora", ("lora", "to_load"), called=True),
     Requirement(
         "backend.patcher.base",
         "ModelPatcher.add_patches",
         ("self", "filename", "patches", "strength_patch", "strength_model", "online_mode"),
     ),
-    Requirement("backend.patcher.base", "ModelPatcher.clone", ("self",)),
-    Requirement("backend.patcher.base", "ModelPatcher.refresh_loras", ("self",)),
+    Requirement("backend.patcher.base", "ModelPatcher.clone", ("self",), called=True),
+    Requirement("backend.patcher.base", "ModelPatcher.refresh_loras", ("self",), called=True),
     Requirement("backend.patcher.base", "ModelPatcher.has_online_lora", ("self",)),
     Requirement(
         "backend.memory_management",
@@ -31,7 +31,7 @@ REQUIREMENTS = (
         ("self", "model_gpu_memory_when_using_cpu_swap"),
     ),
     Requirement("backend.memory_management", "LoadedModel.model_unload", ("self", "avoid_model_moving")),
-    Requirement("backend.memory_management", "unload_model_clones", ("model",)),
+    Requirement("backend.memory_management", "unload_model_clones", ("model",), called=True),
     Requirement("backend.memory_management", "module_size", ("module", "include_device")),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers", "dyn_dims")),
     Requirement(

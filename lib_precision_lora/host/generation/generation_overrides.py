@@ -39,7 +39,7 @@ OVERRIDE_REQUIREMENTS = (
     Requirement("modules.processing", "set_config", ("req", "is_api", "run_callbacks", "save_config")),
     Requirement("modules.processing", "forge_model_reload"),
     Requirement("modules.sd_models", "forge_model_reload"),
-    Requirement("modules.sd_models", "get_closet_checkpoint_match", ("search_string",)),
+    Requirement("modules.sd_models", "get_closet_checkpoint_match", ("search_string",), called=True),
     Requirement("modules.sd_models", "model_data.forge_loading_parameters"),
     Requirement("modules.sd_models", "model_data.forge_hash"),
     Requirement("modules_forge.main_entry", "forge_unet_storage_dtype_options"),

@@ -15,7 +15,7 @@ REQUIREMENTS = (
         ("models", "memory_required", "force_patch_weights", "minimum_memory_required"),
     ),
     Requirement("backend.memory_management", "LoadedModel.model_load", ("self", "lowvram_model_memory")),
-    Requirement("backend.memory_management", "LoadedModel.model_memory", ("self",)),
+    Requirement("backend.memory_management", "LoadedModel.model_memory", ("self",), called=True),
     Requirement("backend.memory_management", "LoadedModel.model_unload", ("self", "memory_to_free")),
     Requirement("backend.memory_management", "extra_reserved_memory"),
     Requirement("backend.memory_management", "module_size", ("module",)),
