@@ -11,8 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """`module:path` must exist; a function that is swapped must take these parameters, in this order: the host
-    may name them.
+    """`module:path` must exist; a function that is swapped must take these parameters, in this order, for the
+    host may name them.
 
     `path` may go through a class (`LoraLoader.refresh`). An empty `parameters` asks for existence alone. own:
     the class must define the method itself: what it would inherit does nothing. called: the function is
