@@ -1,7 +1,7 @@
 """Runs at every start of the WebUI, as a script of its own: installs what is missing, and nothing else.
 
     safetensors    reads LoRA files; the WebUI brings it already
-    gguf           decodes GGUF weights; Forge bundles a copy, which then is the one that is used
+    gguf           decodes GGUF weights; Forge and Forge Neo bring a copy, which then is the one that is used
 
 `--no-deps`: torch, numpy and gradio stay as they are, whatever a package asks for. bitsandbytes is not in
 the list: NF4 and FP4 weights are decoded without it, and Forge installs the version that it wants itself.
@@ -15,8 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BUNDLED: Mapping[str, str | None] = {"safetensors": None, "gguf": "packages_3rdparty/gguf"}
-"""Package → where a WebUI that brings its own copy has it."""
+BUNDLED: Mapping[str, tuple[str, ...]] = {
+    "safetensors": (),
+    "gguf": ("packages_3rdparty/gguf", "modules_forge/packages/gguf"),
+}
+"""Package → where a WebUI that brings its own copy has it: Forge, Forge Neo."""
 
 
 def missing_packages(launch: Any) -> list[str]:
@@ -25,7 +28,7 @@ def missing_packages(launch: Any) -> list[str]:
     return [
         package
         for package, bundled in BUNDLED.items()
-        if not launch.is_installed(package) and not (bundled and (webui / bundled).is_dir())
+        if not launch.is_installed(package) and not any((webui / place).is_dir() for place in bundled)
     ]
 
 

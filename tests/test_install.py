@@ -63,9 +63,10 @@ def test_what_is_missing_is_installed_by_one_call_and_only_once(tmp_path: Path, 
     assert set(words[2:]) == {"safetensors", "gguf"} - set(installed)
 
 
-def test_a_bundled_gguf_is_not_installed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["packages_3rdparty/gguf", "modules_forge/packages/gguf"])
+def test_a_bundled_gguf_is_not_installed_again(tmp_path: Path, place: str) -> None:
     webui = WebUI(tmp_path, ["safetensors"])
-    (tmp_path / "packages_3rdparty" / "gguf").mkdir(parents=True)
+    (tmp_path / place).mkdir(parents=True)
     assert webui.start().returncode == 0
     assert webui.calls == []
 

@@ -16,6 +16,7 @@ HOSTS = ((forge.REQUIREMENTS, forge.ForgeHost), (neo.REQUIREMENTS, neo.NeoHost))
 
 _active: Binding | None = None
 _leaving = False
+_off: str | None = None
 _lock = threading.RLock()
 
 
@@ -25,9 +26,9 @@ def install() -> bool:
     Checks first that the host has every name that we rely on. If one is missing, nothing is touched, and
     one line in the log says which. Calling it again changes nothing.
     """
-    global _active, _leaving
+    global _active, _leaving, _off
     with _lock:
-        _leaving = False
+        _leaving, _off = False, None
         if _active is not None:
             return True
         missing = [failures(requirements) for requirements, _ in HOSTS]
@@ -35,11 +36,11 @@ def install() -> bool:
             if not lacks:
                 _active = Binding(host())
                 return True
-        logger.warning(
-            "Precision LoRA is off, LoRAs are left to this WebUI: it is not the Forge that the extension "
-            "knows (%s). Look for an update of the extension.",
-            "; ".join(min(missing, key=len)),
+        _off = (
+            "Precision LoRA is off, LoRAs are left to this WebUI: it is neither the Forge nor the Forge Neo "
+            f"that the extension knows ({'; '.join(min(missing, key=len))}). Look for an update of the extension."
         )
+        logger.warning("%s", _off)
         return False
 
 
@@ -67,3 +68,8 @@ def _leave() -> None:
 def active() -> Binding | None:
     """The binding in place, if there is one."""
     return _active
+
+
+def why_off() -> str | None:
+    """Why the last `install` has left this WebUI alone; None where it has not."""
+    return _off

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,3 +90,8 @@ def build_panel(
         queue=False,
     )
     return Panel(enabled, *choices, report)
+
+
+def build_note(sentence: str) -> Any:
+    """In the place of the accordion: one line of text, where there is nothing to choose."""
+    return gr.HTML(html.escape(sentence))

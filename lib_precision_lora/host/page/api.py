@@ -76,8 +76,17 @@ def add_api(_: Any, app: FastAPI) -> None:
             tags=[TITLE],
             responses=refusals.get(name),
         )
-    if installation.active() is not None:
+    if installation.active() is not None or _takes_arguments():
         check_arguments_of_requests()
+
+
+def _takes_arguments() -> bool:
+    """Whether a WebUI that we do not know reads the arguments of scripts as the known ones do."""
+    try:
+        from modules.api.api import Api
+    except ImportError:
+        return False
+    return hasattr(Api, "init_script_args")
 
 
 def remove_api() -> None:
@@ -102,6 +111,9 @@ def check_arguments_of_requests() -> None:
             for name, script in (request.alwayson_scripts or {}).items():
                 if name.lower() != TITLE.lower() or not isinstance(script, dict) or "args" not in script:
                     continue
+                off = installation.why_off()
+                if off is not None:
+                    raise HTTPException(422, off)
                 given = script["args"]
                 if not isinstance(given, list):
                     raise HTTPException(422, "Precision LoRA: args must be a list")

@@ -20,7 +20,7 @@ logger = logging.getLogger("lib_precision_lora")
 
 def prepare_ui() -> None:
     """Before the page is made, or the API alone: our settings, and our axes of the plot."""
-    register_settings()
+    register_settings(installation.why_off())
     add_axes()
 
 
@@ -43,9 +43,14 @@ def leave() -> None:
 def make_ui(script: Any) -> list[Any] | None:
     """The controls of one tab; their values come back as the arguments of `request_override`.
 
-    None in a WebUI that the binding does not know, where there is nothing to choose.
+    In a WebUI that the binding does not know there is nothing to choose: a line says so, and why.
     """
     if installation.active() is None:
+        off = installation.why_off()
+        if off is not None:
+            from lib_precision_lora.ui.accordion import build_note
+
+            build_note(off)
         return None
     from modules.ui_components import InputAccordion
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,9 @@ from lib_precision_lora.ui.settings import (
 )
 
 COMPUTE_MODES: Mapping[str, Compute] = {"Automatic": "auto", "fp16": "fp16", "fp32": "fp32"}
+OFF = "precision_lora_off"
+"""Key of the sentence that says why the extension is off."""
+
 _DENSE: Mapping[str, DensePolicy] = {AUTOMATIC: "auto", BESIDE: "branch", MERGE: "merge"}
 
 
@@ -85,13 +89,27 @@ def _megabytes(value: Any, default: int) -> int:
     return int(value * 2**20) if number and 0 <= value < 2**30 else default
 
 
-def register_settings() -> None:
-    """Add the section "Precision LoRA" to the WebUI's settings."""
+def register_settings(off: str | None = None) -> None:
+    """Add the section "Precision LoRA" to the WebUI's settings.
+
+    off: why the extension is off in this WebUI; then this sentence is all that the section has, since no
+    option would do anything.
+    """
     import gradio
     from modules import shared
+
+    if off is not None:
+        from modules.options import OptionHTML
+
+        shared.opts.add_option(OFF, _in_section(OptionHTML(html.escape(off))))
+        return
 
     for option in OPTIONS:
         component = None if option.component is None else getattr(gradio, option.component)
         info = shared.OptionInfo(option.default, option.label, component, option.component_args)
-        info.section = SECTION
-        shared.opts.add_option(option.key, info.info(option.info))
+        shared.opts.add_option(option.key, _in_section(info.info(option.info)))
+
+
+def _in_section(info: Any) -> Any:
+    info.section = SECTION
+    return info

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from lib_precision_lora.host import installation
 from lib_precision_lora.host.page import script as steps
-from lib_precision_lora.host.page.settings import OPTIONS
+from lib_precision_lora.host.page.settings import OFF, OPTIONS
 from tests.host.webui import Host
 
 
@@ -77,3 +79,28 @@ def test_the_start_imports_neither_the_api_nor_what_only_it_needs() -> None:
     assert "lib_precision_lora.host.page.script" in found.stdout.split()
     unwanted = {"fastapi", "gradio", "pydantic", "lib_precision_lora.host.page.api"}
     assert not unwanted & set(found.stdout.split())
+
+
+def test_in_an_unknown_webui_page_and_settings_say_that_we_are_off_and_why(
+    bare_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradio = pytest.importorskip("gradio")
+    if not hasattr(gradio, "HTML"):
+        pytest.skip("another test has put a double of gradio here")
+    options = ModuleType("modules.options")
+    monkeypatch.setattr(options, "OptionHTML", lambda text: SimpleNamespace(text=text), raising=False)
+    monkeypatch.setitem(sys.modules, "modules.options", options)
+    monkeypatch.setattr(steps, "add_axes", lambda: None)
+    monkeypatch.delattr(bare_host.memory, "soft_empty_cache")
+    assert not installation.install()
+    before = set(bare_host.shared.opts.data_labels)
+    steps.prepare_ui()
+    added = bare_host.shared.opts.data_labels.keys() - before
+    assert added == {OFF}, "an option that does nothing"
+    sentence = bare_host.shared.opts.data_labels[OFF].text
+    assert "soft_empty_cache is missing" in sentence
+    assert "neither the Forge nor the Forge Neo" in sentence
+    shown: list[str] = []
+    monkeypatch.setattr("lib_precision_lora.ui.accordion.build_note", shown.append)
+    assert steps.make_ui(SimpleNamespace(is_img2img=False)) is None
+    assert [html.escape(each) for each in shown] == [sentence]
