@@ -32,13 +32,14 @@ def install() -> bool:
         if _active is not None:
             return True
         missing = [failures(requirements) for requirements, _ in HOSTS]
-        for (_, host), lacks in zip(HOSTS, missing, strict=True):
-            if not lacks:
+        for (_, host), failed in zip(HOSTS, missing, strict=True):
+            if not failed:
                 _active = Binding(host())
                 return True
+        lacks = "; ".join(min(missing, key=len))
         _off = (
             "Precision LoRA is off, LoRAs are left to this WebUI: it is neither the Forge nor the Forge Neo "
-            f"that the extension knows ({'; '.join(min(missing, key=len))}). Look for an update of the extension."
+            f"that the extension knows ({lacks}). Look for an update of the extension."
         )
         logger.warning("%s", _off)
         return False

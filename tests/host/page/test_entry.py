@@ -88,7 +88,9 @@ def test_in_an_unknown_webui_page_and_settings_say_that_we_are_off_and_why(
     if not hasattr(gradio, "HTML"):
         pytest.skip("another test has put a double of gradio here")
     options = ModuleType("modules.options")
-    monkeypatch.setattr(options, "OptionHTML", lambda text: SimpleNamespace(text=text), raising=False)
+    monkeypatch.setattr(
+        options, "OptionHTML", lambda text: SimpleNamespace(text=text, default=text), raising=False
+    )
     monkeypatch.setitem(sys.modules, "modules.options", options)
     monkeypatch.setattr(steps, "add_axes", lambda: None)
     monkeypatch.delattr(bare_host.memory, "soft_empty_cache")
