@@ -88,11 +88,14 @@ def test_a_lora_on_a_float8_checkpoint_is_that_on_the_exact_one(
 
 
 def test_the_hires_prompt_may_have_another_lora(webui: WebUI, stock: WebUI) -> None:  # noqa: F811
-    """Neo has one way to upscale in latent space: that of no name."""
-    hires = {**HIRES, "hr_upscaler": None}
+    """Neo has no upscaler in latent space; those of images are loaded with the page, and asked for here."""
+    names = [each["name"] for each in webui.get("upscalers")]
+    if not names:
+        pytest.skip("this Neo has no upscaler, and hires fix fails in it without this extension, too")
+    hires = {**HIRES, "hr_upscaler": names[0]}
     same = webui.generate("a cat <lora:strong:1>", **hires)
     hires["hr_prompt"] = "a cat <lora:other:1>"
     other = webui.generate("a cat <lora:strong:1>", **hires)
-    assert other.pixels.shape == (96, 96, 3)
+    assert min(other.pixels.shape[:2]) > 64
     assert other.difference(same) > VISIBLE
     assert other.difference(stock.generate("a cat <lora:strong:1>", **hires)) <= ROUNDING
