@@ -205,14 +205,17 @@ class Binding:
                 self.memory.place(patcher)
         self._stop_if_set()
 
-    def unmerge(self, model: Any) -> None:
-        """A model is about to be placed layer by layer: the host is to find its own parameters there."""
+    def unmerge(self, model: Any) -> bool:
+        """A model is about to be placed layer by layer: the host is to find its own parameters there. Whether
+        some were put back for that."""
         session = known(self.following.sessions, model)
-        if session is not None:
-            try:
-                session.unmerge()
-            except Exception:  # all are back; one that found no room on its device is moved now
-                logger.exception("putting a merged layer's parameter back on its device failed")
+        if session is None or not session.merged:
+            return False
+        try:
+            session.unmerge()
+        except Exception:  # all are back; one that found no room on its device is moved now
+            logger.exception("putting a merged layer's parameter back on its device failed")
+        return True
 
     def release(self, model: Any) -> None:
         """A model leaves its device, and its factors with it."""

@@ -31,11 +31,13 @@ def install() -> bool:
         _leaving, _off = False, None
         if _active is not None:
             return True
-        missing = [failures(requirements) for requirements, _ in HOSTS]
-        for (_, host), failed in zip(HOSTS, missing, strict=True):
+        missing: list[list[str]] = []
+        for requirements, host in HOSTS:
+            failed = failures(requirements)
             if not failed:
                 _active = Binding(host())
                 return True
+            missing.append(failed)
         lacks = "; ".join(min(missing, key=len))
         _off = (
             "Precision LoRA is off, LoRAs are left to this WebUI: it is neither the Forge nor the Forge Neo "

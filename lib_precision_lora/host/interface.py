@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lib_precision_lora.host.loras.division import HostPatches
-from lib_precision_lora.host.loras.matching import FileMatch
+from lib_precision_lora.host.loras.kept import Kept
 from lib_precision_lora.host.replacement import Replacement
 
 Merge = Callable[[HostPatches], None]
@@ -39,29 +39,6 @@ class LoadRequest:
     positions: int | None = None
 
 
-class Kept(Protocol):
-    """The LoRAs of a prompt on the models of one checkpoint.
-
-    unet, clip: patchers, or what stands for them, with `.model` and `.load_device` (`clip` has them at
-    `.patcher`).
-    """
-
-    unet: Any
-    clip: Any
-
-    def start(self, engine: Any) -> None:
-        """As the checkpoint has them, without LoRAs."""
-
-    def patches(self) -> dict[int, dict[Any, Any]]:
-        """What is on them now, to be put back."""
-
-    def put_back(self, patches: Mapping[int, Mapping[Any, Any]]) -> None:
-        """Take everything off that is not among these."""
-
-    def add(self, filename: str, match: FileMatch, unet: float, te: float) -> str:
-        """Put one file on top; returns the name under which it is known from then on."""
-
-
 class Follower(Protocol):
     """What a host's own functions call when they place, move or run a model."""
 
@@ -81,8 +58,8 @@ class Follower(Protocol):
     def release(self, model: Any) -> None:
         """A model leaves its device."""
 
-    def unmerge(self, model: Any) -> None:
-        """A model is about to be placed layer by layer."""
+    def unmerge(self, model: Any) -> bool:
+        """A model is about to be placed layer by layer; whether merged layers were put back for that."""
 
     @property
     def enabled(self) -> bool:

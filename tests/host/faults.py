@@ -26,7 +26,7 @@ SETTING: Mapping[str, str] = {
     "the log of a file": "lib_precision_lora.host.loras.loading:log_applied",
     "cloning patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.__init__",
     "beginning with patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.start",
-    "adding to patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.add",
+    "adding to patchers": "lib_precision_lora.host.loras.kept:Kept.add",
     "adding to the host's patcher": "backend.patcher.base:ModelPatcher.add_patches",
     "using patchers": "lib_precision_lora.host.loras.loading:NetworkLoader._use",
     "showing notices": "lib_precision_lora.host.loras.loading:comment_once",

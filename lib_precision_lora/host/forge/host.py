@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.host.forge.patchers import KeptPatchers
-from lib_precision_lora.host.interface import Follower, Host, Kept, LoadRequest
+from lib_precision_lora.host.interface import Follower, Host, LoadRequest
 from lib_precision_lora.host.loras.division import HostPatches
+from lib_precision_lora.host.loras.kept import Kept
 from lib_precision_lora.host.replacement import Replacement
 
 

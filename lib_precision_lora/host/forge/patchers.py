@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lib_precision_lora.host.loras.matching import FileMatch
+from lib_precision_lora.host.loras.kept import Kept
 
 _KEPT_STATE = ("current_device", "object_patches_backup")
 """What a patcher knows of the model's present state; a fresh clone does not."""
 
 
-class KeptPatchers:
+class KeptPatchers(Kept):
     """unet and clip: clones of the checkpoint's own, with the LoRAs of the last prompt."""
 
     def __init__(self, engine: Any) -> None:
@@ -30,42 +30,14 @@ class KeptPatchers:
         if self.clip is not None and original.clip is not None:
             _become_clone(self.clip.patcher, original.clip.patcher)
 
-    def patches(self) -> dict[int, dict[Any, Any]]:
-        """What is on the patchers now, to be put back."""
-        return {id(patcher): dict(patcher.lora_patches) for patcher in self._each()}
-
-    def put_back(self, patches: Mapping[int, Mapping[Any, Any]]) -> None:
-        """Take everything off that is not among these."""
-        for patcher in self._each():
-            patcher.lora_patches = dict(patches.get(id(patcher), {}))
-
-    def _each(self) -> list[Any]:
-        return [self.unet] if self.clip is None else [self.unet, self.clip.patcher]
-
-    def add(self, filename: str, match: FileMatch, unet: float, te: float) -> str:
-        """Put one file on top; the same file again gets a name of its own, so that it adds up.
-
-        Returns that name, under which the patchers know it.
-        """
-        times = max(
-            sum(str(identifier[0]).startswith(filename) for identifier in patcher.lora_patches)
-            for patcher in self._each()
+    def put(self, patcher: Any, source: str, patches: Mapping[Any, Any], strength: float) -> None:
+        patcher.add_patches(
+            filename=source,
+            patches=patches,
+            strength_patch=strength,
+            strength_model=1.0,
+            online_mode=False,
         )
-        source = filename if not times else f"{filename} ({times + 1})"
-        for patcher, patches, strength in (
-            (self.unet, match.unet, unet),
-            (None if self.clip is None else self.clip.patcher, match.text_encoder, te),
-        ):
-            if patcher is None or not patches:
-                continue
-            patcher.add_patches(
-                filename=source,
-                patches=patches,
-                strength_patch=strength,
-                strength_model=1.0,
-                online_mode=False,
-            )
-        return source
 
 
 def _become_clone(kept: Any, original: Any) -> None:

@@ -15,8 +15,9 @@ from lib_precision_lora.host.generation.notices import Notices
 from lib_precision_lora.host.generation.progress import Interrupted, Progress
 from lib_precision_lora.host.generation.record import Record
 from lib_precision_lora.host.generation.report import FileReport
-from lib_precision_lora.host.interface import Host, Kept
+from lib_precision_lora.host.interface import Host
 from lib_precision_lora.host.loras.files import FileInterrupted, FileProblem, LoraFiles, Stamp
+from lib_precision_lora.host.loras.kept import Kept
 from lib_precision_lora.host.loras.matching import FileMatch, KeyMap, key_map_of, match_file
 from lib_precision_lora.host.loras.strengths import reportable
 from lib_precision_lora.names.architectures import by_kind, describe_leftover

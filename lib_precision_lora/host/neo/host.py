@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lib_precision_lora.host.interface import Follower, Host, Kept, LoadRequest
+from lib_precision_lora.host.interface import Follower, Host, LoadRequest
 from lib_precision_lora.host.loras.division import HostPatches
+from lib_precision_lora.host.loras.kept import Kept
 from lib_precision_lora.host.neo.patches import KeptPatches
 from lib_precision_lora.host.replacement import Replacement
 
@@ -103,10 +104,12 @@ class NeoHost(Host):
             ) -> None:
                 def place(required: float, kept: float) -> None:
                     """What is to be kept free counts in both: one makes other models give way, the other
-                    these ones, layer by layer."""
+                    these ones, layer by layer. With Neo's own reserve on top it is no more than the card."""
+                    total = self.memory.get_total_memory(self.memory.get_torch_device())
+                    most = max(0.0, float(total) - self.memory.extra_reserved_memory())
                     least = minimum_memory_required
-                    least = None if least is None else min(required, least) + kept
-                    host_load(models, required + kept, force_patch_weights, least, *args, **kwargs)
+                    least = None if least is None else min(most, least + kept)
+                    host_load(models, min(most, required + kept), force_patch_weights, least, *args, **kwargs)
 
                 follower.load(LoadRequest(models, memory_required), place)
 
@@ -126,10 +129,12 @@ class NeoHost(Host):
         def make_model_unload(host_unload: Callable[..., Any]) -> Callable[..., Any]:
             def model_unload(loaded: Any, *args: Any, **kwargs: Any) -> Any:
                 model = getattr(loaded.model, "model", None)
-                follower.unmerge(model)
+                unmerged = follower.unmerge(model)
                 gone = host_unload(loaded, *args, **kwargs)
-                if gone is not False:  # else a part of it has left, and it runs on
+                if gone is not False:
                     follower.release(model)
+                elif unmerged:  # a part of it has left, and an image may be in the making
+                    self.follow(loaded.model)
                 return gone
 
             return model_unload

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lib_precision_lora.host.loras.matching import FileMatch
+from lib_precision_lora.host.loras.kept import Kept
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +26,7 @@ class Prompted:
     lora_patches: dict[Any, Any] = field(default_factory=dict)
 
 
-class KeptPatches:
+class KeptPatches(Kept):
     """unet, clip: what stands for the checkpoint's patchers (`clip.patcher`, None without text encoders)."""
 
     def __init__(self, engine: Any) -> None:
@@ -40,31 +40,8 @@ class KeptPatches:
     def start(self, engine: Any) -> None:
         self.put_back({})
 
-    def patches(self) -> dict[int, dict[Any, Any]]:
-        return {id(each): dict(each.lora_patches) for each in self.each()}
-
-    def put_back(self, patches: Mapping[int, Mapping[Any, Any]]) -> None:
-        for each in self.each():
-            each.lora_patches = dict(patches.get(id(each), {}))
-
-    def each(self) -> list[Prompted]:
-        """One for each model."""
-        return [self.unet] if self.clip is None else [self.unet, self.clip.patcher]
-
-    def add(self, filename: str, match: FileMatch, unet: float, te: float) -> str:
-        """The same file again gets a name of its own, so that it adds up."""
-        times = max(
-            sum(str(identifier[0]).startswith(filename) for identifier in each.lora_patches)
-            for each in self.each()
-        )
-        source = filename if not times else f"{filename} ({times + 1})"
-        for each, patches, strength in (
-            (self.unet, match.unet, unet),
-            (None if self.clip is None else self.clip.patcher, match.text_encoder, te),
-        ):
-            if each is not None and patches:
-                each.lora_patches[source, strength] = _entries(patches, strength)
-        return source
+    def put(self, patcher: Any, source: str, patches: Mapping[Any, Any], strength: float) -> None:
+        patcher.lora_patches[source, strength] = _entries(patches, strength)
 
 
 def _entries(patches: Mapping[Any, Any], strength: float) -> dict[str, list[list[Any]]]:

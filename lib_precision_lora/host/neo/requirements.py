@@ -1,6 +1,7 @@
 """What the binding relies on in Forge Neo; `installation.py` checks it before anything is touched.
 
-Neo has exchanged its patcher three times in a year. What is asked for is what is called.
+Neo has exchanged its patcher three times in a year. What is asked for is what is called, and
+`partially_unload`: by it a model that is loaded gives way.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ REQUIREMENTS = (
     Requirement("backend.memory_management", "LoadedModel.model_memory", ("self",), called=True),
     Requirement("backend.memory_management", "LoadedModel.model_unload", ("self", "memory_to_free")),
     Requirement("backend.memory_management", "extra_reserved_memory"),
-    Requirement("backend.memory_management", "module_size", ("module",)),
-    Requirement("backend.patcher.base", "ModelPatcher.partially_load", ("self", "device_to", "extra_memory")),
+    Requirement("backend.memory_management", "module_size", ("module",), called=True),
+    Requirement("backend.patcher.base", "ModelPatcher.partially_unload"),
     Requirement("modules.sd_samplers_common", "sampling_prepare", ("unet", "x")),
     Requirement("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers")),
     Requirement(

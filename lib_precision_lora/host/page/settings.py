@@ -95,7 +95,6 @@ def register_settings(off: str | None = None) -> None:
     off: why the extension is off in this WebUI; then this sentence is all that the section has, since no
     option would do anything.
     """
-    import gradio
     from modules import shared
 
     if off is not None:
@@ -103,6 +102,7 @@ def register_settings(off: str | None = None) -> None:
 
         shared.opts.add_option(OFF, _in_section(OptionHTML(html.escape(off))))
         return
+    import gradio
 
     for option in OPTIONS:
         component = None if option.component is None else getattr(gradio, option.component)

@@ -6,6 +6,7 @@ import html
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -84,9 +85,6 @@ def test_the_start_imports_neither_the_api_nor_what_only_it_needs() -> None:
 def test_in_an_unknown_webui_page_and_settings_say_that_we_are_off_and_why(
     bare_host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradio = pytest.importorskip("gradio")
-    if not hasattr(gradio, "HTML"):
-        pytest.skip("another test has put a double of gradio here")
     options = ModuleType("modules.options")
     monkeypatch.setattr(
         options, "OptionHTML", lambda text: SimpleNamespace(text=text, default=text), raising=False
@@ -103,6 +101,36 @@ def test_in_an_unknown_webui_page_and_settings_say_that_we_are_off_and_why(
     assert "soft_empty_cache is missing" in sentence
     assert "neither the Forge nor the Forge Neo" in sentence
     shown: list[str] = []
-    monkeypatch.setattr("lib_precision_lora.ui.accordion.build_note", shown.append)
+    accordion = ModuleType("lib_precision_lora.ui.accordion")
+    monkeypatch.setattr(accordion, "build_note", shown.append, raising=False)
+    monkeypatch.setitem(sys.modules, accordion.__name__, accordion)
     assert steps.make_ui(SimpleNamespace(is_img2img=False)) is None
     assert [html.escape(each) for each in shown] == [sentence]
+
+
+def test_in_an_unknown_webui_the_api_refuses_our_arguments(
+    bare_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    from lib_precision_lora.host.page import api as module
+
+    class Api:
+        def init_script_args(self, request: Any) -> str:
+            return "the host's"
+
+    webui = ModuleType("modules.api.api")
+    monkeypatch.setattr(webui, "Api", Api, raising=False)
+    monkeypatch.setitem(sys.modules, "modules.api", ModuleType("modules.api"))
+    monkeypatch.setitem(sys.modules, "modules.api.api", webui)
+    monkeypatch.setattr(bare_host.shared.cmd_opts, "api", True, raising=False)
+    monkeypatch.setattr(bare_host.shared.cmd_opts, "api_auth", None, raising=False)
+    monkeypatch.delattr(bare_host.memory, "soft_empty_cache")
+    assert not installation.install()
+    module.add_api(None, fastapi.FastAPI())
+    try:
+        ours = SimpleNamespace(alwayson_scripts={"precision lora": {"args": [True]}})
+        with pytest.raises(fastapi.HTTPException, match="soft_empty_cache is missing"):
+            Api().init_script_args(ours)
+        assert Api().init_script_args(SimpleNamespace(alwayson_scripts=None)) == "the host's"
+    finally:
+        module.remove_api()
