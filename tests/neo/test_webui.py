@@ -1,4 +1,4 @@
-"""The whole way through a running Forge Neo: the tests of `tests/forge/test_webui.py`, and what is Neo's own.
+"""A running Forge Neo: the tests of `tests/running/test_webui.py`, and what is Neo's own.
 
 Two servers run, one with the extension and one without, which is the reference.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forge.test_webui import (  # noqa: F401  pytest runs what stands here
+from tests.neo.webui import NeoUI
+from tests.running.test_webui import (  # noqa: F401  pytest runs what stands here
     ROUNDING,
     VISIBLE,
     base,
@@ -31,8 +32,7 @@ from tests.forge.test_webui import (  # noqa: F401  pytest runs what stands here
     test_without_a_lora_the_file_is_that_of_forge_without_the_extension,
     webui,
 )
-from tests.forge.webui import HIRES, Generation, WebUI
-from tests.neo.webui import NeoUI
+from tests.running.webui import HIRES, Generation, WebUI
 
 
 @pytest.fixture(scope="module")

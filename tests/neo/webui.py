@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.forge.webui import WebUI
+from tests.running.webui import WebUI
 
 FLAGS = (
     "--cpu",

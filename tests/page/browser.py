@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from tests.forge.page import overflowing
+from tests.running.page import overflowing
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Locator

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.forge.page import chromium
 from tests.page.browser import PATIENCE_MS, Page, Server
+from tests.running.page import chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

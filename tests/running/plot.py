@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tests.forge.webui import Generation, WebUI
+from tests.running.webui import Generation, WebUI
 
 LEGEND, SUB_IMAGES, SUB_GRIDS, FREE_SEEDS = False, True, False, False
 VARY_X, VARY_Y, VARY_Z, MARGIN, AS_TEXT = False, False, False, 0, False

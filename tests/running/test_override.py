@@ -18,8 +18,8 @@ import pytest
 
 from lib_precision_lora.host.generation.infotext import LOW_BITS, MODE
 from lib_precision_lora.host.page.xyz import LOW_BITS_AXIS, MODE_AXIS
-from tests.forge.plot import plot
-from tests.forge.webui import HIRES, SMALL_IMAGE, Generation, ServerError, WebUI
+from tests.running.plot import plot
+from tests.running.webui import HIRES, SMALL_IMAGE, Generation, ServerError, WebUI
 
 COARSE, E5M2, E4M3 = "float8-e5m2", "float8_e5m2", "float8_e4m3fn"
 OVERRIDE = {"override_settings": {"forge_unet_storage_dtype": COARSE}}

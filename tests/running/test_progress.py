@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.forge.checkpoint import make_lora, save_lora
-from tests.forge.webui import Generation, WebUI
+from tests.running.checkpoint import make_lora, save_lora
+from tests.running.webui import Generation, WebUI
 
 UNUSED_BYTES = 1200 * 2**20
 NAMES = ("first", "second", "third")

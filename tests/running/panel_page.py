@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.forge.page import Page, overflowing
+from tests.running.page import Page, overflowing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Route

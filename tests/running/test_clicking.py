@@ -12,9 +12,9 @@ import pytest
 from lib_precision_lora.host.generation.infotext import LOW_BITS, MODE
 from lib_precision_lora.ui.applied import BY_HOST, UNFINISHED
 from lib_precision_lora.ui.choices import AS_SET, FP16_LORA
-from tests.forge.page import VIEWPORT
-from tests.forge.panel_page import NARROW, PanelPage
-from tests.forge.webui import Generation, WebUI
+from tests.running.page import VIEWPORT
+from tests.running.panel_page import NARROW, PanelPage
+from tests.running.webui import Generation, WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lib_precision_lora import __version__
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.damaged import DAMAGES, truncate
-from tests.forge.page import Page
-from tests.forge.webui import HIRES, Generation, ServerError, WebUI
+from tests.running.checkpoint import make_checkpoint, make_lora, save_lora
+from tests.running.damaged import DAMAGES, truncate
+from tests.running.page import Page
+from tests.running.webui import HIRES, Generation, ServerError, WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from lib_precision_lora.ui.settings import BESIDE
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.webui import Generation, WebUI
+from tests.running.checkpoint import make_checkpoint, make_lora, save_lora
+from tests.running.webui import Generation, WebUI
 
 MIB = 2**20
 INFERENCE = 64 * MIB

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import safetensors.torch
 
-from tests.forge.checkpoint import UNET
-from tests.forge.page import Page
-from tests.forge.test_webui import ROUNDING, VISIBLE
-from tests.forge.webui import WebUI
+from tests.running.checkpoint import UNET
+from tests.running.page import Page
+from tests.running.test_webui import ROUNDING, VISIBLE
+from tests.running.webui import WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

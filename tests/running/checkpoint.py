@@ -1,6 +1,6 @@
 """A small SD 1.5 checkpoint with random weights, and LoRA files for it.
 
-python -m tests.forge.checkpoint ROOT OUT   writes the checkpoint, by the classes of Forge or Forge Neo
+python -m tests.running.checkpoint ROOT OUT   writes the checkpoint, by the classes of Forge or Forge Neo
 
 The UNet has one attention block at each of two levels instead of twelve; VAE and CLIP have their full size,
 because Forge builds those two from its own configuration files, whatever the checkpoint holds. All UNet
@@ -31,7 +31,7 @@ CLIP_LAYERS = CLIP + "text_model.encoder.layers."
 def make_checkpoint(forge_root: Path, out: Path) -> None:
     """Write the checkpoint with the classes of this Forge, outside the calling process."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.forge.checkpoint", str(forge_root), str(out)]
+    command = [sys.executable, "-m", "tests.running.checkpoint", str(forge_root), str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.containers.hostile import RUNNING, marker_of
-from tests.forge.checkpoint import make_checkpoint, make_lora, save_lora
-from tests.forge.webui import Generation, ServerError, WebUI
+from tests.running.checkpoint import make_checkpoint, make_lora, save_lora
+from tests.running.webui import Generation, ServerError, WebUI
 
 COMMANDS = ("a command", "a command in the older form", "a plain pickle")
 ROUTES = ("/precision-lora/v1/inspect?lora={}", "/precision-lora/v1/plan?lora={}&card=8GiB")

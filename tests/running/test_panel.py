@@ -18,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from lib_precision_lora import __version__
 from lib_precision_lora.host.generation.infotext import LOW_BITS, MARK, MODE, VERSION
 from lib_precision_lora.ui.choices import AS_SET, COMPUTE_MODES, FP16_LORA, OURS, STOCK_MERGE
-from tests.forge.page import VIEWPORT
-from tests.forge.panel_page import NARROW, PanelPage
-from tests.forge.webui import REPOSITORY, ServerError, WebUI
+from tests.running.page import VIEWPORT
+from tests.running.panel_page import NARROW, PanelPage
+from tests.running.webui import REPOSITORY, ServerError, WebUI
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext

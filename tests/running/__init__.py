@@ -1,0 +1,1 @@
+"""Tests of a running WebUI, over its API and in its page."""
