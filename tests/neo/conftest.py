@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.neo.webui import HOW_TO_RUN
+HOW_TO_RUN = (
+    "needs a Forge Neo and the Python that runs it: NEO_ROOT=/path/to/sd-webui-forge-classic <its python> "
+    "-m pytest tests/neo"
+)
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,10 @@ CLIP = "cond_stage_model.transformer."
 CLIP_LAYERS = CLIP + "text_model.encoder.layers."
 
 
-def make_checkpoint(forge_root: Path, out: Path) -> None:
+def make_checkpoint(host_root: Path, out: Path) -> None:
     """Write the checkpoint with the classes of this Forge, outside the calling process."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.running.checkpoint", str(forge_root), str(out)]
+    command = [sys.executable, "-m", "tests.running.checkpoint", str(host_root), str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -75,15 +75,15 @@ def _lora_name(key: str, weight: Tensor) -> str | None:
     return None
 
 
-def _write(forge_root: Path, out: Path) -> None:
-    neo = forge_root / "modules_forge/packages"
+def _write(host_root: Path, out: Path) -> None:
+    neo = host_root / "modules_forge/packages"
     sys.argv = [sys.argv[0], "--cpu" if neo.is_dir() else "--always-cpu"]
-    packages = neo if neo.is_dir() else forge_root / "packages_3rdparty"
-    sys.path[:0] = [str(forge_root), str(packages)]
+    packages = neo if neo.is_dir() else host_root / "packages_3rdparty"
+    sys.path[:0] = [str(host_root), str(packages)]
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.manual_seed(15)
     with torch.no_grad():
-        parts = _models(forge_root / "backend/huggingface/runwayml/stable-diffusion-v1-5")
+        parts = _models(host_root / "backend/huggingface/runwayml/stable-diffusion-v1-5")
         state_dict = {
             prefix + key: value.half() if value.is_floating_point() else value
             for prefix, model in parts.items()

@@ -76,7 +76,7 @@ class Page:
     def wait_until_ready(self) -> None:
         """Until there is a button to press, and the extensions' scripts have seen it."""
         self._page.locator("#txt2img_generate").wait_for()
-        self._page.wait_for_function("window.executedOnLoaded")
+        self._page.wait_for_function("typeof executedOnLoaded !== 'undefined' && executedOnLoaded")
 
     def open_settings(self) -> Locator:
         """Bring our section of the settings to the front."""
@@ -119,21 +119,32 @@ class Page:
         return messages.inner_text() if messages.count() else ""
 
     def save(self, what: str, filename: str, fails: bool = False) -> str:
-        """Press "Save UNet" or "Save Checkpoint" and wait for the end; what the page then shows in a corner.
+        """Press "Save UNet" or "Save Checkpoint" and wait for the end; what the page then says.
 
-        fails: whether the end is an error, which is shown there.
+        fails: whether the end is an error. Forge shows it in a corner; Neo below its buttons, which lie in an
+        accordion.
         """
         self._page.get_by_role("tab", name="Checkpoint Merger", exact=True).click()
-        self._page.get_by_label("Filename (will save").fill(filename)
-        self._page.get_by_role("button", name=f"Save {what}", exact=True).click()
+        name = (
+            self._page.locator("#tab_modelmerger, #tab_modelmerger_interface").get_by_label("Filename").first
+        )
+        if not name.is_visible():
+            self._page.get_by_text("Save Current Model").click()
+        name.fill(filename)
+        self._page.get_by_role("button", name=re.compile(f"^Save {what}\\b")).click()
         toasts = self._page.locator(".toast-body")
-        if fails:
-            toasts.first.wait_for()
-        else:
-            self._page.get_by_text(re.compile(f"^Saved {what} at: .*{re.escape(filename)}$", re.I)).wait_for()
-        messages = toasts.all_inner_texts()
-        for _ in messages:
-            self._page.locator(".toast-close").first.click()
+        end = self._page.get_by_text(
+            re.compile(
+                "Nothing was saved"
+                if fails
+                else f"^({what} saved to|Saved {what} at:).*{re.escape(filename)}",
+                re.I,
+            )
+        )
+        end.first.wait_for()
+        messages = [*toasts.all_inner_texts(), *(end.all_inner_texts() if fails else [])]
+        self._page.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+        toasts.first.wait_for(state="hidden")
         return "\n".join(messages)
 
     def press(self, button: str) -> None:
@@ -141,7 +152,8 @@ class Page:
         self._page.locator(f"#{self.tab}_{button}").click()
 
     def open_tab(self) -> None:
-        self._page.get_by_role("tab", name=self.tab.capitalize(), exact=True).click()
+        """The outer tab comes first: img2img has an inner one of its name."""
+        self._page.get_by_role("tab", name=re.compile(f"^{self.tab}$", re.IGNORECASE)).first.click()
 
     def set_steps(self, steps: int) -> None:
         number = self._page.locator(f"#{self.tab}_steps input[type=number]")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,11 +31,11 @@ SKIPPED = "Precision LoRA skipped: "
 
 
 @pytest.fixture(scope="module")
-def models(forge_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def models(host_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One checkpoint, a large LoRA and a small one; removed at the end."""
     folder = tmp_path_factory.mktemp("card-models")
     checkpoint = folder / "Stable-diffusion/small.safetensors"
-    make_checkpoint(forge_root, checkpoint)
+    make_checkpoint(host_root, checkpoint)
     save_lora(folder / "Lora/large.safetensors", make_lora(checkpoint, rank=128, seed=1))
     save_lora(folder / "Lora/little.safetensors", make_lora(checkpoint, rank=2, seed=2))
     yield folder
@@ -55,14 +55,14 @@ class Card:
 
 @pytest.fixture(scope="module")
 def server(
-    forge_root: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+    start: Callable[..., WebUI], models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[WebUI, Card]]:
     folder = tmp_path_factory.mktemp("card") / "scripts"
     folder.mkdir()
     shutil.copy(Path(__file__).with_name("simulated_card.py"), folder)
     card = Card(folder)
     data = tmp_path_factory.mktemp("card-server") / "data"
-    with WebUI(forge_root, data, models, extension=True, others={"a-simulated-card": folder.parent}) as webui:
+    with start(data, models, extension=True, others={"a-simulated-card": folder.parent}) as webui:
         webui.wait_until_ready()
         yield webui, card
 

@@ -29,12 +29,13 @@ OpenPage = Callable[[str], PanelPage]
 
 
 @pytest.fixture(scope="module")
-def webui(forge_root: Path, folder: Path) -> Iterator[WebUI]:
+def webui(start: Callable[..., WebUI], folder: Path) -> Iterator[WebUI]:
     """A Forge with the extension; img2img's accordion begins with what another version offered."""
     defaults = {"customscript/precision_lora.py/img2img/Diffusion in Low Bits/value": NOT_THERE}
     data, models = folder / "webui", folder / "models"
-    with WebUI(forge_root, data, models, extension=True, page_defaults=defaults) as webui:
+    with start(data, models, extension=True, page_defaults=defaults) as webui:
         webui.wait_until_ready()
+        webui.post("options", {"sd_model_checkpoint": "small.safetensors"})
         yield webui
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,10 @@ STRENGTHS = ("1e39", "-1e300", "nan", "inf", "-inf", "abc", "1e39:0.5", "te=nan:
 
 
 @pytest.fixture(scope="module")
-def loras(forge_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def loras(host_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models")
     checkpoint = folder / "Stable-diffusion/small.safetensors"
-    make_checkpoint(forge_root, checkpoint)
+    make_checkpoint(host_root, checkpoint)
     save_lora(folder / "Lora/good.safetensors", make_lora(checkpoint, rank=4, seed=1))
     for number, name in enumerate(COMMANDS):
         RUNNING[name][0](folder / f"Lora/code{number}.pt")
@@ -30,9 +30,11 @@ def loras(forge_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def webui(forge_root: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+def webui(
+    start: Callable[..., WebUI], loras: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUI]:
     data = tmp_path_factory.mktemp("server") / "data"
-    with WebUI(forge_root, data, loras.parent, extension=True) as webui:
+    with start(data, loras.parent, extension=True) as webui:
         webui.wait_until_ready()
         yield webui
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ CALLS, CLIENTS = 200, 25
 
 
 @pytest.fixture(scope="module")
-def webui(forge_root: Path, folder: Path) -> Iterator[WebUI]:
+def webui(start: Callable[..., WebUI], folder: Path) -> Iterator[WebUI]:
     """A Forge with the extension, whose API asks for credentials."""
     data, models = folder / "webui", folder / "models"
-    with WebUI(forge_root, data, models, extension=True, credentials="tester:secret") as webui:
+    with start(data, models, extension=True, credentials="tester:secret") as webui:
         webui.wait_until_ready()
+        webui.post("options", {"sd_model_checkpoint": "small.safetensors"})
         yield webui
 
 

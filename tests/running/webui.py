@@ -1,4 +1,4 @@
-"""A Forge server in a process of its own, with a data folder of its own, and a client for it."""
+"""A server of Forge in a process of its own, with a data folder of its own, and a client for it."""
 
 from __future__ import annotations
 
@@ -107,11 +107,15 @@ class WebUI:
     root: the Forge to run; data: a new folder for all that it writes; models: what takes the place of its
     models folder; extension: whether Precision LoRA is there, as a link to this repository; credentials:
     "user:password" that its API asks for, which this client gives; others: further extensions, by name;
-    page_defaults: what the page begins with, beside `PAGE_DEFAULTS`. flags: of the command line; another
-    host has others.
+    page_defaults: what the page begins with, beside `PAGE_DEFAULTS`.
+
+    flags: of the command line; moved: how lines of the log begin that tell of a model that was placed;
+    packages: where the host keeps its own copies of packages. Another host has others.
     """
 
     flags: Sequence[str] = FLAGS
+    moved: tuple[str, ...] = ("Moving model(s)", "All loaded to GPU", "Loading Model")
+    packages = "packages_3rdparty"
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class WebUI:
         for name, folder in others.items():
             (data / "extensions" / name).symlink_to(folder, target_is_directory=True)
         self.url = f"http://127.0.0.1:{_free_port()}"
+        self._models = models
         self._log = data / "server.log"
         self._config = data / "config.json"
         self._config.write_text(json.dumps({**SETTINGS, **self.first_settings(root)}))
@@ -159,6 +164,10 @@ class WebUI:
     def models_from(self, data: Path, models: Path) -> list[str]:
         """Arguments of the command line by which the host finds its models in this folder."""
         return ["--models-dir", str(models)]
+
+    def hires(self) -> dict[str, Any]:
+        """Options of the API for a second, larger pass."""
+        return dict(HIRES)
 
     def __enter__(self) -> Self:
         return self
