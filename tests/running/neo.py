@@ -30,7 +30,7 @@ class NeoUI(WebUI):
 
     flags = FLAGS
     moved = ("Requested to load", "Moving model(s)")
-    packages = "modules_forge/packages"
+    card = "neo_card.py"
 
     def first_settings(self, root: Path) -> dict[str, Any]:
         """Settings of another version of Neo are asked about, at the keyboard."""

@@ -110,12 +110,12 @@ class WebUI:
     page_defaults: what the page begins with, beside `PAGE_DEFAULTS`.
 
     flags: of the command line; moved: how lines of the log begin that tell of a model that was placed;
-    packages: where the host keeps its own copies of packages. Another host has others.
+    card: the script that simulates one. Another host has others.
     """
 
     flags: Sequence[str] = FLAGS
     moved: tuple[str, ...] = ("Moving model(s)", "All loaded to GPU", "Loading Model")
-    packages = "packages_3rdparty"
+    card = "simulated_card.py"
 
     def __init__(
         self,
