@@ -7,7 +7,7 @@
 for the formats.
 """
 
-from .encode import encode
+from .encode import encode, unlabelled
 from .encoded import Encoded
 from .gguf import gguf_weight
 from .gguf_parameter import GGUFParameter
@@ -24,5 +24,6 @@ __all__ = [
     "encode",
     "gguf_weight",
     "stored_weight",
+    "unlabelled",
     "widened",
 ]

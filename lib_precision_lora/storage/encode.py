@@ -59,6 +59,13 @@ def encode(module: nn.Module, attribute: str, parameter: Tensor, values: Tensor)
     return ENCODERS[type(place.stored)](place, values)
 
 
+def unlabelled(parameter: Tensor) -> str | None:
+    """How a parameter is called whose bytes a state dict holds without what they mean; None for others."""
+    if getattr(parameter, "gguf_cls", None) is not None:
+        return "GGUF"
+    return "NF4" if getattr(parameter, "packed_bytes", None) is not None else None
+
+
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in a floating type, rounded once; memory of its own.
 
