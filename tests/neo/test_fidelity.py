@@ -120,9 +120,15 @@ def four_bit(kind: str, neo: Neo) -> nn.Module:
 
 
 def gguf(kind: str, neo: Neo) -> nn.Module:
-    """Of a type that the host's copy of `gguf` can quantize to; baked, as loading does it."""
+    """Baked, as loading does it. Of types that `gguf` cannot make the codes are random."""
     member = neo.ggml.GGMLQuantizationType[kind]
-    data = torch.from_numpy(neo.ggml.quants.quantize(base().numpy(), member).copy())
+    if kind.endswith("_K"):
+        from tests.storage.k_quants import random_blocks  # imports gguf, which the host brings with it
+
+        blocks = random_blocks(kind, ROWS * COLUMNS // 256, 0.03).reshape(ROWS, -1)
+    else:
+        blocks = neo.ggml.quants.quantize(base().numpy(), member).copy()
+    data = torch.from_numpy(blocks)
     weight = neo.gguf.ParameterGGUF(data, tensor_type=member, tensor_shape=torch.Size((ROWS, COLUMNS)))
     bias = neo.gguf.ParameterGGUF(torch.zeros(ROWS), tensor_shape=torch.Size((ROWS,)))
     model = in_operations(neo, torch.float16, "gguf", {"weight": weight, "bias": bias})
@@ -130,6 +136,8 @@ def gguf(kind: str, neo: Neo) -> nn.Module:
     return model
 
 
+BAKED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
+NOT_BAKED = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "BF16")
 SCALED = {"scale": "recalculate"}
 STORED: Mapping[str, tuple[str, Callable[[Neo], nn.Module]]] = {
     "dense bf16": ("dense-bf16", partial(dense, torch.bfloat16)),
@@ -147,9 +155,8 @@ STORED: Mapping[str, tuple[str, Callable[[Neo], nn.Module]]] = {
     ),
     "bnb NF4": ("bnb-nf4", partial(four_bit, "nf4")),
     "bnb FP4": ("bnb-fp4", partial(four_bit, "fp4")),
-    "GGUF Q8_0": ("gguf-Q8_0-baked", partial(gguf, "Q8_0")),
-    "GGUF Q4_0": ("gguf-Q4_0-baked", partial(gguf, "Q4_0")),
-    "GGUF Q5_0": ("gguf-Q5_0", partial(gguf, "Q5_0")),
+    **{f"GGUF {kind}": (f"gguf-{kind}-baked", partial(gguf, kind)) for kind in BAKED},
+    **{f"GGUF {kind}": (f"gguf-{kind}", partial(gguf, kind)) for kind in NOT_BAKED},
 }
 """The rows of the table: kind of the stored weight, and the host's layer."""
 
