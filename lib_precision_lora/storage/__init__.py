@@ -7,6 +7,7 @@
 for the formats.
 """
 
+from .dense import DenseWeight
 from .encode import encode, unlabelled
 from .encoded import Encoded
 from .gguf import gguf_weight
@@ -16,6 +17,7 @@ from .weight import StorageError, StoredWeight
 from .widened import WidenedWeight, widened
 
 __all__ = [
+    "DenseWeight",
     "Encoded",
     "GGUFParameter",
     "StorageError",
