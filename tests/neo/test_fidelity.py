@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import read_adapters
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.branch.session.rounding import rounded
+from lib_precision_lora.host.neo.host import NeoHost
 from lib_precision_lora.storage import stored_weight
 
 ROWS, COLUMNS, RANK = 384, 512, 16
@@ -240,6 +241,35 @@ def merge_error(
         return float((merged - w0 - exact).norm()) / total
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    "row", ["comfy_quant fp8 e4m3", "comfy_quant int8", "comfy_quant int8 ConvRot", "comfy_quant NVFP4"]
+)
+def test_a_branch_leaves_the_quantized_product_on_that_neos_own_way_turns_off(neo: Neo, row: str) -> None:
+    """The product of a quantized input is off by what quantizing it costs; NVFP4 has none here."""
+    model = STORED[row][1](neo)
+    layer = model["layer"]
+    x = 0.1 * noise(7, COLUMNS, seed=99)
+    exact = x.double() @ stored_weight(layer.weight, layer).dense(torch.float64).T
+    way = partial(NeoHost.quantized_product, cast(NeoHost, None))
+
+    def error() -> float:
+        with torch.inference_mode():
+            return float((layer(x).double() - exact).norm() / exact.norm())
+
+    there = row != "comfy_quant NVFP4"
+    without = error()
+    assert way(layer) is there
+    assert (without > 4e-3) is there
+    with PatchSession(model) as session:
+        session.apply([("file", read_adapters(lora(1, 1e-9).named("layer")), 1.0)], "fp32")
+        assert session.attached == ("layer",)
+        assert way(layer) is there
+        assert error() == pytest.approx(without, rel=1e-3)
+    layer.weight_function = [lambda weight: weight]
+    assert way(layer) is False
+    assert error() < 4e-3
 
 
 @pytest.mark.parametrize("row", [row for row in STORED if row.startswith("comfy_quant")])
