@@ -45,12 +45,12 @@ def quantized_layers(header: Header) -> tuple[dict[str, StoredTensor], frozenset
     Reads the configurations, and nothing else of the data. Raises `HeaderError` for one that is damaged, or
     of a format that is not known.
     """
-    weights, belonging = {}, set()
+    weights, belonging = {}, {name for name in header.tensors if name.endswith(CONFIGURATION)}
     for layer, configuration in _configurations(header):
         kind, values = _format(header, layer, configuration)
-        belonging |= {layer + ending for ending in (CONFIGURATION, *SCALES)}
         weight = header.tensors.get(f"{layer}.weight")
         if weight is not None and len(weight.shape) > 0:
+            belonging |= {layer + ending for ending in SCALES}
             shape = (*weight.shape[:-1], weight.shape[-1] * values)
             weights[weight.name] = _with_scales(header, weight, shape, kind, SCALES)
     for name in header.tensors:

@@ -283,6 +283,25 @@ def test_values_are_those_of_neos_own_decode_in_fp32_and_bytes_those_that_it_sto
     assert stored.nbytes == sum(part.nbytes for part in parts)
 
 
+def test_an_embedding_in_fp8_is_read_and_has_a_branch(neo: Neo) -> None:
+    tensor = neo.quants.QuantizedTensor.from_float(base(), "TensorCoreFP8E4M3Layout", **SCALED)
+    text = json.dumps({"format": "float8_e4m3fn"}).encode()
+    state = tensor.state_dict("weight") | {"comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
+    operations = neo.mixed.mixed_precision_ops(compute_dtype=torch.float32)
+    with neo.operations.using_forge_operations(operations, CPU, torch.float32, True):
+        layer = nn.Embedding(ROWS, COLUMNS)
+    layer.load_state_dict(state)
+    model, ids, one = model_of(layer), torch.tensor([5, 0, 383, 5]), lora(1, 1.0)
+    assert stored_weight(layer.weight, layer).kind == "fp8-e4m3fn-scaled"
+    with torch.inference_mode():
+        before = layer(ids)
+        with PatchSession(model) as session:
+            session.apply([("file", read_adapters(one.named("layer")), 1.0)], "fp32")
+            effect = layer(ids) - before
+        assert torch.equal(layer(ids), before)
+    assert float((effect.double() - one.delta[ids]).norm() / one.delta[ids].norm()) < 1e-5
+
+
 @pytest.mark.parametrize("row", STORED)
 def test_a_doras_norm_is_that_of_the_stored_weight(neo: Neo, row: str) -> None:
     """`W_eff = m · (W0 + Δ) / ‖W0 + Δ‖`, by row; W0 is read from the host's layer."""
