@@ -186,14 +186,14 @@ def _put_effective(
 def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved, tick: Tick) -> None:
     """Write every parameter dense whose bytes the file would not explain, and that is not so already."""
     packed = [
-        (f"{prefix}{path}." if path else prefix, module, attribute, parameter)
+        (f"{prefix}{path}." if path else prefix, module, attribute, parameter, name)
         for path, module in model.named_modules(remove_duplicate=False)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and unlabelled(parameter) is not None
+        if parameter is not None and (name := unlabelled(parameter)) is not None
     ]
-    for done, (place, module, attribute, parameter) in enumerate(packed):
+    for done, (place, module, attribute, parameter, name) in enumerate(packed):
         tick(done, len(packed))
-        saved.unpacked[unlabelled(parameter) or ""] += 1
+        saved.unpacked[name] += 1
         if not state[place + attribute].is_floating_point():
             with torch.no_grad():
                 encoded = encode(module, attribute, parameter, stored_weight(parameter, module).dense())

@@ -24,6 +24,7 @@ from .bnb4 import FourBitWeight, NestedStatistics, PlainStatistics
 from .weight import StorageError, StoredWeight, flat_bytes, plain
 
 FP32 = 4
+Statistics = NestedStatistics | PlainStatistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +67,7 @@ def nf4_parameter_weight(parameter: Tensor, module: nn.Module | None) -> StoredW
     )
 
 
-def statistics(stored: Tensor, blocks: int, nested: Mapping[str, Any] | None) -> Any:
+def statistics(stored: Tensor, blocks: int, nested: Mapping[str, Any] | None) -> Statistics:
     """stored: uint8, the buffer behind the codes."""
     if nested is None:
         return PlainStatistics(stored[: FP32 * blocks].view(torch.float32))

@@ -71,7 +71,7 @@ def _diffusion_model_tensors(checkpoint: str) -> list[str]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if 0 < size <= _LARGEST_HEADER else {}
             names = [*header, *_configured(header.get("__metadata__"))]
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return []
     return [name for name in names if name.startswith(_DIFFUSION_MODEL)] or names
 

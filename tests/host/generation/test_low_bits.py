@@ -49,6 +49,17 @@ def test_a_quantized_model_keeps_its_type_and_its_text_encoder_does_not_count(
 
 
 @pytest.mark.usefixtures("card")
+def test_metadata_that_cannot_be_read_is_left_to_the_host_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "flux.safetensors"
+    for text in ("{", "3", "{}", '{"layers": 3}', "[" * 100_000):
+        header = json.dumps(
+            {"__metadata__": {"_quantization_metadata": text}, f"{LAYER}.weight": {}}
+        ).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert objection(str(file), torch.float8_e4m3fn) is None
+
+
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(("layer", "refused"), [(LAYER, True), (T5, False)])
 def test_layers_that_the_metadata_calls_quantized_count_as_well(
     tmp_path: Path, layer: str, refused: bool
