@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lib_precision_lora.storage import StorageError, encode, stored_weight
@@ -151,6 +153,25 @@ def test_the_package_reads_what_is_written_as_we_do(kitchen: Any, name: str, sha
     largest = float(values.abs().max())
     assert float((again.dequantize() - result.weight.dense()).abs().max()) <= 1e-6 * largest
     assert torch.equal(stored_weight(again).dense(), result.weight.dense())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(list(MAKERS)),
+    rows=st.integers(1, 280),
+    columns=st.integers(1, 160),
+    bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_any_rows_of_any_shape_are_those_of_the_definition_to_the_bit(
+    name: str, rows: int, columns: int, bounds: tuple[float, float]
+) -> None:
+    columns += -columns % 4 if "convrot" in name else 0
+    made = MAKERS[name](noise(rows, columns))
+    start, stop = sorted(round(bound * rows) for bound in bounds)
+    stored = stored_weight(made.parameter)
+    assert stored.shape == (rows, columns)
+    assert torch.equal(stored.rows(start, stop), made.expected[start:stop])
+    assert stored.nbytes == sum(part.numel() * part.element_size() for part in made.parts)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (129, 5), (300, 17)])
