@@ -3,9 +3,9 @@
 get_state_dict_after_quant     the host's own result; what our LoRAs change in it is `round(W_eff)`
 save_unet, save_checkpoint     the file appears when it is whole; page and log say what was lost
 
-A GGUF parameter is written dense wherever LoRAs are saved, and so is NF4 in one buffer: the host writes their
-bytes without their type, which nothing can load. What no LoRA changes has the bytes that the host gives it,
-and names are the host's.
+A GGUF parameter is written dense wherever LoRAs are saved, and so are NF4 and int8 in one buffer: the host
+writes their bytes without their type, which nothing can load. What no LoRA changes has the bytes that the
+host gives it, and names are the host's.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ dense, FP8   the nearest value of the type
 scaled       the nearest multiple of `scale_weight`; where values leave its range, a larger scale
 NF4, FP4     `bnb4_encode.py`
 a `QuantizedTensor`  `quantized_tensor/encode.py`
-GGUF, and NF4 in one buffer
+GGUF, and NF4 and int8 in one buffer
              dense, in the type in which its layer computes: a state dict cannot say what their bytes mean
 """
 
@@ -29,6 +29,7 @@ from .fitted_scale import divided, fitted_scale
 from .fp8 import FP8_KINDS, ScaledWeight, scaled_weight
 from .gguf import GGUFWeight
 from .gguf_baked import COMPUTE_TYPES, BakedWeight
+from .int8_parameter import TransposedIntegers
 from .nf4_parameter import OneBufferWeight
 from .quantized_tensor.block_scaled import MXFP8Weight, NVFP4Weight
 from .quantized_tensor.encode import encode_fp8, encode_integers, encode_mxfp8, encode_nvfp4
@@ -63,7 +64,9 @@ def unlabelled(parameter: Tensor) -> str | None:
     """How a parameter is called whose bytes a state dict holds without what they mean; None for others."""
     if getattr(parameter, "gguf_cls", None) is not None:
         return "GGUF"
-    return "NF4" if getattr(parameter, "packed_bytes", None) is not None else None
+    if getattr(parameter, "packed_bytes", None) is not None:
+        return "one-buffer NF4"
+    return "one-buffer int8" if callable(getattr(parameter, "w8", None)) else None
 
 
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,6 +129,7 @@ ENCODERS: Mapping[type[StoredWeight], Callable[[Place, Tensor], Encoded]] = {
     ScaledWeight: _encode_scaled,
     FourBitWeight: _encode_four_bit,
     OneBufferWeight: _encode_unlabelled,
+    TransposedIntegers: _encode_unlabelled,
     GGUFWeight: _encode_unlabelled,
     BakedWeight: _encode_unlabelled,
     ScaledTensor: _of_tensor(encode_fp8),

@@ -10,6 +10,7 @@ from .bnb4 import bnb4_weight
 from .dense import dense_weight
 from .fp8 import fp8_weight
 from .gguf_parameter import comfy_gguf_weight, forge_gguf_weight
+from .int8_parameter import int8_parameter_weight
 from .nf4_parameter import nf4_parameter_weight
 from .nunchaku import refuse_nunchaku
 from .quantized_tensor.recognise import quantized_tensor_weight
@@ -23,6 +24,7 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     quantized_tensor_weight,
     bnb4_weight,
     nf4_parameter_weight,
+    int8_parameter_weight,
     forge_gguf_weight,
     comfy_gguf_weight,
     fp8_weight,

@@ -46,6 +46,8 @@ def stored_group(variant: str) -> str:
     if kind == "comfy":
         name = variant.split("-")[1]
         return {"fp8": "FP8 scaled", "nvfp4": "NVFP4, MXFP8", "mxfp8": "NVFP4, MXFP8"}.get(name, "int8, int4")
+    if variant.startswith("one-buffer-int8"):
+        return "int8, int4"
     return {"dense": "dense", "bnb": "NF4, FP4", "one": "NF4, FP4"}[kind]
 
 

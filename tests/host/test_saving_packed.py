@@ -130,8 +130,9 @@ def test_a_quantized_tensor_stays_one_in_the_hosts_own_entries(name: str, tmp_pa
     assert torch.equal(stored_weight(first.weight).dense(), base), "the base is not written"
 
 
-def test_nf4_in_one_buffer_is_unpacked_since_its_bytes_would_not_say_what_they_are() -> None:
-    (first, base), (second, other) = (layer("one-buffer-nf4", seed) for seed in (1, 2))
+@pytest.mark.parametrize("name", ["one-buffer-nf4", "one-buffer-int8", "one-buffer-int8-convrot"])
+def test_a_weight_in_one_buffer_is_unpacked_since_its_bytes_would_not_say_what_they_are(name: str) -> None:
+    (first, base), (second, other) = (layer(name, seed) for seed in (1, 2))
     model = nn.ModuleDict({"first": first, "second": second})
     session = PatchSession(model)
     session.apply([("file", {"first.weight": LORA.adapter}, 0.8)])
@@ -141,7 +142,8 @@ def test_nf4_in_one_buffer_is_unpacked_since_its_bytes_would_not_say_what_they_a
     for key, values in (("first", base.double() + 0.8 * LORA.delta), ("second", other.double())):
         assert torch.equal(state[f"{key}.weight"], values.to(torch.float16)) or key == "first"
         assert float((state[f"{key}.weight"].double() - values).norm() / values.norm()) < 2**-11
-    assert lines[0].endswith("The file holds 2 NF4 weights unpacked, since it cannot hold NF4.")
+    called = "one-buffer NF4" if "nf4" in name else "one-buffer int8"
+    assert lines[0].endswith(f"The file holds 2 {called} weights unpacked, since it cannot hold {called}.")
 
 
 def test_in_one_file_the_parts_without_a_lora_are_unpacked_as_well(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from lib_precision_lora.storage.weight import plain
 from tests.storage.baked_layout import bake
 from tests.storage.four_bit import four_bit_values
 from tests.storage.k_quants import K_QUANTS, random_blocks
-from tests.storage.one_buffer import in_one_buffer
+from tests.storage.one_buffer import Int8Parameter, in_one_buffer, int8_in_one_buffer
 from tests.storage.quantized_tensors import MAKERS
+from tests.storage.rotating_host import GROUP, RotatedInt8Parameter
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 DENSE = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -50,10 +51,13 @@ class StoredCase:
 
     @property
     def row_bytes(self) -> Tensor:
-        """The bytes of the values alone, row by row: uint8, flat, the memory of the weight."""
+        """The bytes of the values alone, row by row: uint8 [rows, bytes], the memory of the weight."""
+        if hasattr(self.parameter, "w8"):
+            return self.codes[: self.expected.numel()].view(-1, len(self.expected)).t()
         rows = len(self.expected) if hasattr(self.parameter, "_qdata") else len(self.codes)
         stored = self.codes[:rows].view(-1).view(torch.uint8)
-        return stored[: getattr(self.parameter, "packed_bytes", len(stored))]
+        stored = stored[: getattr(self.parameter, "packed_bytes", len(stored))]
+        return stored.view(len(self.expected), -1)
 
     @property
     def parts(self) -> list[Tensor]:
@@ -162,6 +166,10 @@ def one_buffer(quant_type: str, nested: bool, matrix: Tensor) -> StoredCase:
     return case(in_one_buffer(packed, state), four_bit_values(packed, state))
 
 
+def one_buffer_int8(host: type[Int8Parameter], group: int, matrix: Tensor) -> StoredCase:
+    return case(*int8_in_one_buffer(matrix, host, group))
+
+
 def gguf_blocks(name: str, matrix: Tensor) -> Tensor:
     """uint8 [n, block_bytes] over the values in row-major order; random for types without a quantizer."""
     member = gguf.GGMLQuantizationType[name]
@@ -227,6 +235,8 @@ BUILDERS: dict[str, Callable[[Tensor], StoredCase]] = {
     "bnb-nf4-in-bf16": partial(four_bit, "nf4", False, torch.bfloat16),
     **{f"one-buffer-{key}": partial(one_buffer, key, False) for key in ("nf4", "fp4")},
     "one-buffer-nf4-nested": partial(one_buffer, "nf4", True),
+    "one-buffer-int8": partial(one_buffer_int8, Int8Parameter, 1),
+    "one-buffer-int8-convrot": partial(one_buffer_int8, RotatedInt8Parameter, GROUP),
     **{name: partial(quantized_tensor, name) for name in MAKERS},
     **{f"gguf-{key}": partial(gguf_own, key) for key in (*QUANTIZABLE, *K_QUANTS, "BF16", "F16", "F32")},
     "gguf-Q4_0-subclass": partial(gguf_subclass, "Q4_0"),

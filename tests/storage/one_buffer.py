@@ -1,4 +1,4 @@
-"""A stand-in for Forge Neo's `ParameterNF4`: bitsandbytes' 4-bit weight in one buffer."""
+"""Stand-ins for Forge Neo's `ParameterNF4` and `ParameterInt8`: weights in one buffer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.storage.quantized_tensors import doubles, integers, turned, turned_doubles
 
 
 class OneBufferParameter(nn.Parameter):
@@ -48,3 +50,19 @@ def in_one_buffer(packed: Tensor, state: Any, quant_type: bool = True) -> OneBuf
         computation_dtype=torch.float16,
         **({"quant_type": state.quant_type} if quant_type else {}),
     )
+
+
+class Int8Parameter(OneBufferParameter):
+    """What is relied on of `ParameterInt8`."""
+
+    def w8(self) -> Tensor:
+        raise AssertionError("the host's own view of its bytes is not needed")
+
+
+def int8_in_one_buffer(matrix: Tensor, host: type[Int8Parameter], group: int) -> tuple[Int8Parameter, Tensor]:
+    """The parameter as this host's class, and its values in fp32; group: of columns that it rotates, or 1."""
+    scale, codes = integers(turned(matrix, group), 127, per_row=True)
+    values = turned_doubles(doubles(codes), group) * doubles(scale)
+    buffer = torch.cat((codes.t().contiguous().view(-1).view(torch.uint8), scale.view(-1).view(torch.uint8)))
+    parameter = host(buffer, real_shape=torch.Size(matrix.shape), computation_dtype=torch.float16)
+    return parameter, torch.from_numpy(values).float()

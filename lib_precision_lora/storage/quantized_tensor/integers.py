@@ -72,7 +72,7 @@ def rotated(values: Tensor, group: int) -> Tensor:
     One factor H₄ at a time, y_d = Σ x − 2 x_{3 − d} over a digit of the column's number to base 4. √group is
     a power of two.
     """
-    turned, stride = values.contiguous(), 1
+    turned, stride = values.contiguous(), 1  # a group of 1 stays as it is
     while stride < group:
         digits = turned.view(-1, 4, stride)
         turned = digits.sum(1, keepdim=True) - digits.flip(1).mul_(2)
