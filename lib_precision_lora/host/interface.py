@@ -110,6 +110,11 @@ class Host(ABC):
     def leaves_to_host(self, engine: Any) -> str | None:
         """Why the LoRAs of this checkpoint are the WebUI's own to apply; None where they are ours."""
 
+    def quantized_product(self, module: nn.Module) -> bool | None:
+        """Whether this layer multiplies its quantized weight with a quantized input, as it stands now; None
+        for a layer that can do it in one way only."""
+        return None
+
     @abstractmethod
     def size(self, model: nn.Module, device: Any = None) -> int:
         """Bytes of a model; device: of what stands there alone."""

@@ -3,8 +3,9 @@
 get_state_dict_after_quant     the host's own result; what our LoRAs change in it is `round(W_eff)`
 save_unet, save_checkpoint     the file appears when it is whole; page and log say what was lost
 
-A GGUF parameter is written dense wherever LoRAs are saved: the host writes its bytes without their type,
-which nothing can load. What no LoRA changes has the bytes that the host gives it, and names are the host's.
+A GGUF parameter is written dense wherever LoRAs are saved, and so are NF4 and int8 in one buffer: the host
+writes their bytes without their type, which nothing can load. What no LoRA changes has the bytes that the
+host gives it, and names are the host's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lib_precision_lora.host.loras.hosted import HostedSession
 from lib_precision_lora.host.replacement import Replacement
 from lib_precision_lora.plain_text import sentence
 from lib_precision_lora.report.saved import Saved
-from lib_precision_lora.storage import StorageError, encode, stored_weight
+from lib_precision_lora.storage import StorageError, encode, stored_weight, unlabelled
 from lib_precision_lora.ticks import Tick
 
 logger = logging.getLogger("lib_precision_lora")
@@ -86,7 +87,7 @@ class Saving:
             for root, session in self._attached(model):
                 with self._stage("merging LoRAs into what is saved") as tick:
                     _put_effective(state, model, prefix, root, session, part, tick)
-            with self._stage("unpacking GGUF weights for what is saved") as tick:
+            with self._stage("unpacking weights for what is saved") as tick:
                 _unpack(state, model, prefix, part, tick)
             if saved is None:
                 _tell(part)
@@ -183,16 +184,16 @@ def _put_effective(
 
 
 def _unpack(state: StateDict, model: nn.Module, prefix: str, saved: Saved, tick: Tick) -> None:
-    """Write every GGUF parameter dense that is not so already."""
+    """Write every parameter dense whose bytes the file would not explain, and that is not so already."""
     packed = [
-        (f"{prefix}{path}." if path else prefix, module, attribute, parameter)
+        (f"{prefix}{path}." if path else prefix, module, attribute, parameter, name)
         for path, module in model.named_modules(remove_duplicate=False)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and getattr(parameter, "gguf_cls", None) is not None
+        if parameter is not None and (name := unlabelled(parameter)) is not None
     ]
-    saved.unpacked += len(packed)
-    for done, (place, module, attribute, parameter) in enumerate(packed):
+    for done, (place, module, attribute, parameter, name) in enumerate(packed):
         tick(done, len(packed))
+        saved.unpacked[name] += 1
         if not state[place + attribute].is_floating_point():
             with torch.no_grad():
                 encoded = encode(module, attribute, parameter, stored_weight(parameter, module).dense())

@@ -11,6 +11,7 @@ import json
 import math
 from typing import Any
 
+from lib_precision_lora.memory.quantized_layers import quantized_layers
 from lib_precision_lora.memory.tensors import MOST_AXES, Header, HeaderError, StoredTensor
 
 MARK = ".quant_state.bitsandbytes__"
@@ -19,14 +20,20 @@ LARGEST_STATE = 2**12
 
 
 def logical_tensors(header: Header) -> dict[str, StoredTensor]:
-    """The file's tensors, a packed weight as one of its logical shape, with the bytes of its statistics.
+    """The file's tensors, a packed weight as one of its logical shape, with the bytes of its statistics; a
+    quantized one with those of its scales (`quantized_layers.py`).
 
     Reads the quant states, and nothing else of the data. Raises `HeaderError` for one that is damaged.
     """
+    quantized, scales = quantized_layers(header)
     states = {name.partition(MARK)[0]: name for name in header.tensors if MARK in name}
     if not states:
-        return dict(header.tensors)
-    belonging = {weight + ending for weight in states for ending in STATISTICS} | set(states.values())
+        return {
+            name: quantized.get(name, tensor) for name, tensor in header.tensors.items() if name not in scales
+        }
+    belonging = (
+        {weight + ending for weight in states for ending in STATISTICS} | set(states.values()) | scales
+    )
     tensors = {}
     with header.path.open("rb") as file:
         for name, tensor in header.tensors.items():
@@ -45,7 +52,7 @@ def logical_tensors(header: Header) -> dict[str, StoredTensor]:
                 nbytes = tensor.nbytes + sum(part.nbytes for part in statistics if part is not None)
                 kind = state.name.partition(MARK)[2].upper()
                 tensor = StoredTensor(name, shape, kind, nbytes, tensor.offset)
-            tensors[name] = tensor
+            tensors[name] = quantized.get(name, tensor)
     return tensors
 
 

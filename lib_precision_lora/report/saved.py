@@ -7,6 +7,7 @@ place (FP8, NF4: about 1). Below 0.1 (fp16: 0.02) no eye finds it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from lib_precision_lora.branch.session.rounding import Loss, cost_of
@@ -22,17 +23,21 @@ NAMES = {
     "fp8-e5m2-scaled": "scaled FP8 (e5m2)",
     "bnb-nf4": "NF4",
     "bnb-fp4": "FP4",
+    "nvfp4": "NVFP4",
+    "mxfp8": "MXFP8",
+    "int8-convrot": "int8 (ConvRot)",
+    "int4-convrot": "int4 (ConvRot)",
 }
 
 
 @dataclass(slots=True)
 class Saved:
     """sources: the LoRAs, in prompt order; losses: of each parameter that they change; unpacked: how many
-    GGUF parameters were written dense; host_layers: how many the WebUI itself has merged."""
+    parameters of which packed type were written dense; host_layers: how many the WebUI itself has merged."""
 
     sources: dict[str, None] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
-    unpacked: int = 0
+    unpacked: Counter[str] = field(default_factory=Counter)
     host_layers: int = 0
 
     def add(self, other: Saved) -> None:
@@ -90,7 +95,8 @@ class Saved:
     def _unpacked(self) -> str:
         if not self.unpacked:
             return ""
-        return f"The file holds {_count(self.unpacked, 'GGUF weight')} unpacked, since it cannot hold GGUF."
+        weights = " and ".join(_count(count, f"{name} weight") for name, count in self.unpacked.items())
+        return f"The file holds {weights} unpacked, since it cannot hold {' or '.join(self.unpacked)}."
 
     def _by_the_host(self) -> str:
         if not self.host_layers:

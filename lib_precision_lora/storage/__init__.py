@@ -7,7 +7,8 @@
 for the formats.
 """
 
-from .encode import encode
+from .dense import DenseWeight
+from .encode import encode, unlabelled
 from .encoded import Encoded
 from .gguf import gguf_weight
 from .gguf_parameter import GGUFParameter
@@ -16,6 +17,7 @@ from .weight import StorageError, StoredWeight
 from .widened import WidenedWeight, widened
 
 __all__ = [
+    "DenseWeight",
     "Encoded",
     "GGUFParameter",
     "StorageError",
@@ -24,5 +26,6 @@ __all__ = [
     "encode",
     "gguf_weight",
     "stored_weight",
+    "unlabelled",
     "widened",
 ]

@@ -7,8 +7,9 @@ encoded.weight.rows(0, 128)      # what whoever loads them decodes
 dense, FP8   the nearest value of the type
 scaled       the nearest multiple of `scale_weight`; where values leave its range, a larger scale
 NF4, FP4     `bnb4_encode.py`
-GGUF         dense, in the type in which its layer computes: a state dict cannot say what a GGUF tensor's
-             bytes mean
+a `QuantizedTensor`  `quantized_tensor/encode.py`
+GGUF, and NF4 and int8 in one buffer
+             dense, in the type in which its layer computes: a state dict cannot say what their bytes mean
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ from .bnb4 import FourBitWeight
 from .bnb4_encode import encode_four_bit
 from .dense import DENSE_KINDS, DenseWeight
 from .encoded import Encoded
+from .fitted_scale import divided, fitted_scale
 from .fp8 import FP8_KINDS, ScaledWeight, scaled_weight
 from .gguf import GGUFWeight
 from .gguf_baked import COMPUTE_TYPES, BakedWeight
+from .int8_parameter import TransposedIntegers
+from .nf4_parameter import OneBufferWeight
+from .quantized_tensor.block_scaled import MXFP8Weight, NVFP4Weight
+from .quantized_tensor.encode import encode_fp8, encode_integers, encode_mxfp8, encode_nvfp4
+from .quantized_tensor.integers import IntegerWeight, RotatedNibbles, RotatedWeight
+from .quantized_tensor.recognise import ScaledTensor
 from .recognise import stored_weight
 from .weight import StorageError, StoredWeight, plain
 
@@ -52,6 +60,15 @@ def encode(module: nn.Module, attribute: str, parameter: Tensor, values: Tensor)
     return ENCODERS[type(place.stored)](place, values)
 
 
+def unlabelled(parameter: Tensor) -> str | None:
+    """How a parameter is called whose bytes a state dict holds without what they mean; None for others."""
+    if getattr(parameter, "gguf_cls", None) is not None:
+        return "GGUF"
+    if getattr(parameter, "packed_bytes", None) is not None:
+        return "one-buffer NF4"
+    return "one-buffer int8" if callable(getattr(parameter, "w8", None)) else None
+
+
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in a floating type, rounded once; memory of its own.
 
@@ -74,7 +91,7 @@ def _encode_dense(place: Place, values: Tensor) -> Encoded:
     return _as_dense(place, nearest(values, dtype), DENSE_KINDS[dtype] if kind.startswith("gguf-") else kind)
 
 
-def _encode_gguf(place: Place, values: Tensor) -> Encoded:
+def _encode_unlabelled(place: Place, values: Tensor) -> Encoded:
     """In the layer's compute type, fp16 where it has none of 16 bits."""
     compute: Any = getattr(place.parameter, "computation_dtype", None)
     dtype = compute if compute in COMPUTE_TYPES else torch.float16
@@ -90,27 +107,16 @@ def _encode_scaled(place: Place, values: Tensor) -> Encoded:
     the range that s gives; by row, where each row has its own."""
     stored = place.stored
     assert isinstance(stored, ScaledWeight)
-    own, dtype = plain(place.module.scale_weight), stored.stored.dtype  # type: ignore[arg-type]
-    limit = torch.finfo(dtype).max
-    scale = stored.scale.to(values.device, torch.float32)
-    rows = values.reshape(scale.numel(), -1)
-    largest = rows.abs().amax(1).view(scale.shape)
-    if not bool(largest.isfinite().all()):
-        raise StorageError("a value of it would not be finite; lower the strengths of the LoRAs")
-    too_small = largest > limit * scale.abs()
-    entries: dict[str, Tensor] = {}
-    if bool(too_small.any()):
-        written = torch.where(too_small, largest / limit, scale).to(own.dtype).reshape(own.shape)
-        entries["scale_weight"], scale = written, written.to(torch.float32).reshape(scale.shape)
-        if not bool((scale[too_small].isfinite() & (scale[too_small] != 0)).all()):
-            raise StorageError(
-                f"it needs a scale of {float(largest.max()) / limit:.3g}, which {own.dtype} does not have; "
-                "lower the strengths of the LoRAs, or store the checkpoint in a wider type"
-            )
-    quotient = values / torch.where(scale == 0, torch.ones_like(scale), scale)
-    rounded = quotient.clamp_(-limit, limit).to(dtype).contiguous()
-    entries[place.attribute] = rounded
+    dtype, limit = stored.stored.dtype, torch.finfo(stored.stored.dtype).max
+    scale, written = fitted_scale(values, stored.scale, plain(place.module.scale_weight), limit)  # type: ignore[arg-type]
+    rounded = divided(values, scale).clamp_(-limit, limit).to(dtype).contiguous()
+    entries = {place.attribute: rounded} | ({} if written is None else {"scale_weight": written})
     return Encoded(entries, scaled_weight(rounded, scale, stored.kind))
+
+
+def _of_tensor(encoder: Callable[[str, Any, Any, Tensor], Encoded]) -> Callable[[Place, Tensor], Encoded]:
+    """For a `QuantizedTensor`, whose scales are its own."""
+    return lambda place, values: encoder(place.attribute, place.parameter, place.stored, values)
 
 
 def _encode_four_bit(place: Place, values: Tensor) -> Encoded:
@@ -122,6 +128,14 @@ ENCODERS: Mapping[type[StoredWeight], Callable[[Place, Tensor], Encoded]] = {
     DenseWeight: _encode_dense,
     ScaledWeight: _encode_scaled,
     FourBitWeight: _encode_four_bit,
-    GGUFWeight: _encode_gguf,
-    BakedWeight: _encode_gguf,
+    OneBufferWeight: _encode_unlabelled,
+    TransposedIntegers: _encode_unlabelled,
+    GGUFWeight: _encode_unlabelled,
+    BakedWeight: _encode_unlabelled,
+    ScaledTensor: _of_tensor(encode_fp8),
+    NVFP4Weight: _of_tensor(encode_nvfp4),
+    MXFP8Weight: _of_tensor(encode_mxfp8),
+    IntegerWeight: _of_tensor(encode_integers),
+    RotatedWeight: _of_tensor(encode_integers),
+    RotatedNibbles: _of_tensor(encode_integers),
 }

@@ -63,13 +63,21 @@ def fp8_weight(parameter: Tensor, module: nn.Module | None) -> StoredWeight | No
 
 def scaled_weight(parameter: Tensor, scale: Tensor, kind: str) -> ScaledWeight:
     """stored · scale for a scale of one element, [out], or [out, 1, ...]."""
-    stored, factor = plain(parameter), plain(scale)
+    stored = plain(parameter)
     shape = tuple(stored.size())
+    return ScaledWeight(shape=shape, kind=kind, stored=stored, scale=scale_column(scale, shape, kind))
+
+
+def scale_column(scale: Tensor, shape: tuple[int, ...], kind: str, name: str = "scale_weight") -> Tensor:
+    """A scale as `[1, ...]` or `[out, 1, ...]`, the same memory. name: the host's, for the message.
+
+    Raises StorageError when it has neither one element nor one per row.
+    """
+    factor = plain(scale)
     per_row = factor.size()[:1] == shape[:1] and factor.numel() == shape[0]
     if factor.numel() != 1 and not per_row:
         raise StorageError(
-            f"A scale_weight of shape {list(factor.size())} fits no {kind} weight of shape {list(shape)}: "
+            f"A {name} of shape {list(factor.size())} fits no {kind} weight of shape {list(shape)}: "
             "it needs one element or one per row; load a checkpoint scaled per tensor or per row."
         )
-    columns = factor.reshape(-1, *(1 for _ in shape[1:]))
-    return ScaledWeight(shape=shape, kind=kind, stored=stored, scale=columns)
+    return factor.reshape(-1, *(1 for _ in shape[1:]))

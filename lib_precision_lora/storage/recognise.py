@@ -10,13 +10,21 @@ from .bnb4 import bnb4_weight
 from .dense import dense_weight
 from .fp8 import fp8_weight
 from .gguf_parameter import comfy_gguf_weight, forge_gguf_weight
+from .int8_parameter import int8_parameter_weight
+from .nf4_parameter import nf4_parameter_weight
+from .nunchaku import refuse_nunchaku
+from .quantized_tensor.recognise import quantized_tensor_weight
 from .weight import StorageError, StoredWeight, plain
 
 Recogniser = Callable[[Tensor, nn.Module | None], StoredWeight | None]
 
 # Packed formats first: their data may look like an ordinary tensor of another type and shape.
 RECOGNISERS: tuple[Recogniser, ...] = (
+    refuse_nunchaku,
+    quantized_tensor_weight,
     bnb4_weight,
+    nf4_parameter_weight,
+    int8_parameter_weight,
     forge_gguf_weight,
     comfy_gguf_weight,
     fp8_weight,
@@ -39,5 +47,5 @@ def stored_weight(parameter: Tensor, module: nn.Module | None = None) -> StoredW
     raise StorageError(
         f"A {type(parameter).__name__} of {parameter.dtype} and shape {list(plain(parameter).size())} in "
         f"{owner} has a layout that is not understood; leave this layer unpatched, or load the checkpoint as "
-        "FP8, NF4, FP4, GGUF, fp16, bf16 or fp32."
+        "FP8, NVFP4, MXFP8, int8, NF4, FP4, GGUF, fp16, bf16 or fp32."
     )

@@ -20,6 +20,7 @@ KIND, STRENGTH, LAYERS, MODEL, TEXT = "Kind", "Strength", "Layers", "model", "te
 ALPHA, HOST_LAYERS, SKIPPED, REASON = "Alpha", "of them by the WebUI", "Keys without a layer", "Left out"
 FINDINGS = "Findings"
 COMPUTE, LOW_BITS, STORED, TIME = "Compute mode", "Diffusion in Low Bits", "Stored weights", "Time to attach"
+PRODUCTS, QUANTIZED, DEQUANTIZED = "Products with the base", "quantized", "dequantized"
 TEXT_ENCODERS, SWITCHED_OFF = "Text encoders", "left alone, as set in Settings"
 BY_LAYER = "by layer"
 STEP, FOR_LORAS = "Time per model pass", "of them for LoRAs"
@@ -28,6 +29,7 @@ STREAMED, EXTRA = "Streamed from RAM", "Predicted peak for LoRAs"
 TEXTS = (
     *(APPLIED, LEFT_OUT, BY_HOST, NONE, UNFINISHED, KIND, STRENGTH, LAYERS, MODEL, TEXT, ALPHA),
     *(HOST_LAYERS, FINDINGS, SKIPPED, REASON, COMPUTE, TEXT_ENCODERS, SWITCHED_OFF, LOW_BITS, STORED, TIME),
+    *(PRODUCTS, QUANTIZED, DEQUANTIZED),
     *(BY_LAYER, STEP, FOR_LORAS, MEMORY, PLANNED, MEASURED, STREAMED, EXTRA),
 )
 """All words of this part of the page, for translators."""

@@ -43,7 +43,12 @@ def stored_group(variant: str) -> str:
         return "GGUF float" if variant.split("-")[1] in ("F32", "F16", "BF16") else "GGUF Q"
     if kind == "fp8":
         return "FP8 scaled" if "scaled" in variant else "FP8"
-    return {"dense": "dense", "bnb": "NF4, FP4"}[kind]
+    if kind == "comfy":
+        name = variant.split("-")[1]
+        return {"fp8": "FP8 scaled", "nvfp4": "NVFP4, MXFP8", "mxfp8": "NVFP4, MXFP8"}.get(name, "int8, int4")
+    if variant.startswith("one-buffer-int8"):
+        return "int8, int4"
+    return {"dense": "dense", "bnb": "NF4, FP4", "one": "NF4, FP4"}[kind]
 
 
 STORED: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.host.saving import Saving
+from lib_precision_lora.storage import stored_weight
 from tests.branch.recipes import BASE_STD, generator, noise, recipe
 from tests.host.observers import log_lines
+from tests.storage.quantized_tensors import MAKERS, StandInTensor
 
 pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
@@ -25,9 +28,17 @@ LORA = recipe("lora-rank-8-fp16", SHAPE)
 
 
 def host_state_dict(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """As the host's: copies of the plain tensors, with the entries of 4-bit weights beside them."""
+    """As the host's: copies of the plain tensors, with the entries of 4-bit weights beside them, and a
+    `QuantizedTensor` in its parts."""
     state = {prefix + name: value.detach().clone() for name, value in model.state_dict().items()}
     for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "_qdata"):
+            parts = [weight._qdata, weight._params.block_scale, weight._params.scale]
+            parts = [part.clone() for part in parts if part is not None]
+            names = ("weight", "weight_scale", "weight_scale_2")
+            state.update(zip((f"{prefix}{path}.{name}" for name in names), parts, strict=False))
+            state[f"{prefix}{path}.comfy_quant"] = torch.tensor(list(b"{}"), dtype=torch.uint8)
         quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
         if quant_state is not None:
             for key, value in quant_state.as_dict(packed=True).items():
@@ -89,6 +100,50 @@ def test_all_gguf_weights_of_a_model_with_a_lora_are_written_in_their_compute_ty
     (line,) = lines
     assert line.endswith("The file holds 2 GGUF weights unpacked, since it cannot hold GGUF.")
     assert f"Rounding to {compute} costs" in line
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_quantized_tensor_stays_one_in_the_hosts_own_entries(name: str, tmp_path: Path) -> None:
+    (first, base), (second, _) = (layer(name, seed) for seed in (1, 2))
+    model = nn.ModuleDict({"first": first, "second": second})
+    session, before = PatchSession(model), host_state_dict(model)
+    session.apply([("file", {"first.weight": LORA.adapter}, 0.8)])
+    with log_lines(logging.INFO) as lines:
+        state = in_a_file(saving((model, session))(model), tmp_path)
+    assert {key: (value.dtype, value.shape) for key, value in state.items()} == {
+        key: (value.dtype, value.shape) for key, value in before.items()
+    }
+    for key, value in state.items():
+        if not key.startswith("first.weight"):
+            bits, own = (each.reshape(-1).view(torch.uint8) for each in (value, before[key]))
+            assert torch.equal(bits, own), key
+    own = first.weight
+    scale = state.get("first.weight_scale_2", state["first.weight_scale"])
+    block_scale = state["first.weight_scale"] if "first.weight_scale_2" in state else None
+    params = dataclasses.replace(own._params, scale=scale, block_scale=block_scale)
+    written = stored_weight(StandInTensor(state["first.weight"], own._layout_cls, params)).dense()
+    assert LORA.delta is not None
+    exact = base.double() + 0.8 * LORA.delta
+    error = float((written.double() - exact).norm() / exact.norm())
+    assert error < (0.15 if "4" in name.replace("e4m3", "") else 0.06)
+    assert "costs" in lines[0]
+    assert torch.equal(stored_weight(first.weight).dense(), base), "the base is not written"
+
+
+@pytest.mark.parametrize("name", ["one-buffer-nf4", "one-buffer-int8", "one-buffer-int8-convrot"])
+def test_a_weight_in_one_buffer_is_unpacked_since_its_bytes_would_not_say_what_they_are(name: str) -> None:
+    (first, base), (second, other) = (layer(name, seed) for seed in (1, 2))
+    model = nn.ModuleDict({"first": first, "second": second})
+    session = PatchSession(model)
+    session.apply([("file", {"first.weight": LORA.adapter}, 0.8)])
+    with log_lines(logging.INFO) as lines:
+        state = saving((model, session))(model)
+    assert LORA.delta is not None
+    for key, values in (("first", base.double() + 0.8 * LORA.delta), ("second", other.double())):
+        assert torch.equal(state[f"{key}.weight"], values.to(torch.float16)) or key == "first"
+        assert float((state[f"{key}.weight"].double() - values).norm() / values.norm()) < 2**-11
+    called = "one-buffer NF4" if "nf4" in name else "one-buffer int8"
+    assert lines[0].endswith(f"The file holds 2 {called} weights unpacked, since it cannot hold {called}.")
 
 
 def test_in_one_file_the_parts_without_a_lora_are_unpacked_as_well(tmp_path: Path) -> None:

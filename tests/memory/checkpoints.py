@@ -12,15 +12,19 @@ from itertools import count
 from pathlib import Path
 
 Shapes = dict[str, tuple[int, ...]]
-BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1, "I64": 8}
 MODEL = "model.diffusion_model."
 
 
 def write_hole(
-    path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], filled: Mapping[str, bytes] | None = None
+    path: Path,
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    filled: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """tensors: name → type and shape; filled: the tensors that get values."""
-    header, end, places = {}, 0, {}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end, places = 0, {}
     for name, (stored, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * BYTES[stored]
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [begin, end]}

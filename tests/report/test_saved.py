@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from lib_precision_lora.branch.session.rounding import Loss
 from lib_precision_lora.report.saved import Saved, percent
 
 
-def saved(*losses: Loss, names: str = "a", **counts: int) -> Saved:
+def saved(*losses: Loss, names: str = "a", **counts: Any) -> Saved:
     return Saved(dict.fromkeys(names.split()), list(losses), **counts)
 
 
@@ -59,7 +62,7 @@ def test_layers_are_counted_once_and_many_loras_are_not_all_named() -> None:
 
 def test_parts_of_one_file_add_up_and_what_else_is_in_it_is_said() -> None:
     result = saved(loss(0.0))
-    result.add(saved(loss(0.0, name="te.0.weight"), names="b a", unpacked=3, host_layers=1))
+    result.add(saved(loss(0.0, name="te.0.weight"), names="b a", unpacked=Counter(GGUF=3), host_layers=1))
     assert result.sentence == (
         "Saved with 2 LoRAs (a, b) merged into 2 layers. Rounding to fp16 costs less than 0.1 % of what they "
         "add. The file holds 3 GGUF weights unpacked, since it cannot hold GGUF. 1 more layer had been "

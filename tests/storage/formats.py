@@ -21,9 +21,13 @@ from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
 from lib_precision_lora.storage import GGUFParameter
+from lib_precision_lora.storage.weight import plain
 from tests.storage.baked_layout import bake
 from tests.storage.four_bit import four_bit_values
 from tests.storage.k_quants import K_QUANTS, random_blocks
+from tests.storage.one_buffer import Int8Parameter, in_one_buffer, int8_in_one_buffer
+from tests.storage.quantized_tensors import MAKERS
+from tests.storage.rotating_host import GROUP, RotatedInt8Parameter
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 DENSE = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,6 +43,32 @@ class StoredCase:
     parameter: Tensor
     module: StoredLinear
     expected: Tensor
+
+    @property
+    def codes(self) -> Tensor:
+        """What is stored in the place of the values, as an ordinary tensor; some formats pad it."""
+        return plain(getattr(self.parameter, "_qdata", self.parameter))
+
+    @property
+    def row_bytes(self) -> Tensor:
+        """The bytes of the values alone, row by row: uint8 [rows, bytes], the memory of the weight."""
+        if hasattr(self.parameter, "w8"):
+            return self.codes[: self.expected.numel()].view(-1, len(self.expected)).t()
+        rows = len(self.expected) if hasattr(self.parameter, "_qdata") else len(self.codes)
+        stored = self.codes[:rows].view(-1).view(torch.uint8)
+        stored = stored[: getattr(self.parameter, "packed_bytes", len(stored))]
+        return stored.view(len(self.expected), -1)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All tensors that are stored for the weight, without tables of codes."""
+        state, params = (getattr(self.parameter, name, None) for name in ("quant_state", "_params"))
+        parts = [self.codes, self.module.scale_weight]
+        if state is not None:
+            parts += [state.absmax, state.offset, state.state2 and state.state2.absmax]
+        if params is not None:
+            parts += [params.scale, params.block_scale]
+        return [plain(part) for part in parts if part is not None]
 
 
 class StoredLinear(nn.Module):
@@ -124,6 +154,22 @@ def not_yet_four_bit(quant_type: str, matrix: Tensor) -> StoredCase:
     return case(Params4bit(stored, requires_grad=False, quant_type=quant_type), stored.to(torch.float32))
 
 
+def quantized_tensor(name: str, matrix: Tensor) -> StoredCase:
+    made = MAKERS[name](matrix)
+    return case(made.parameter, made.expected)
+
+
+def one_buffer(quant_type: str, nested: bool, matrix: Tensor) -> StoredCase:
+    packed, state = bnb.quantize_4bit(
+        matrix, blocksize=64, compress_statistics=nested, quant_type=quant_type, quant_storage=torch.uint8
+    )
+    return case(in_one_buffer(packed, state), four_bit_values(packed, state))
+
+
+def one_buffer_int8(host: type[Int8Parameter], group: int, matrix: Tensor) -> StoredCase:
+    return case(*int8_in_one_buffer(matrix, host, group))
+
+
 def gguf_blocks(name: str, matrix: Tensor) -> Tensor:
     """uint8 [n, block_bytes] over the values in row-major order; random for types without a quantizer."""
     member = gguf.GGMLQuantizationType[name]
@@ -187,6 +233,11 @@ BUILDERS: dict[str, Callable[[Tensor], StoredCase]] = {
     **{f"bnb-{key}-nested": partial(four_bit, key, True, torch.uint8) for key in ("nf4", "fp4")},
     **{f"bnb-{key}-unquantized": partial(not_yet_four_bit, key) for key in ("nf4", "fp4")},
     "bnb-nf4-in-bf16": partial(four_bit, "nf4", False, torch.bfloat16),
+    **{f"one-buffer-{key}": partial(one_buffer, key, False) for key in ("nf4", "fp4")},
+    "one-buffer-nf4-nested": partial(one_buffer, "nf4", True),
+    "one-buffer-int8": partial(one_buffer_int8, Int8Parameter, 1),
+    "one-buffer-int8-convrot": partial(one_buffer_int8, RotatedInt8Parameter, GROUP),
+    **{name: partial(quantized_tensor, name) for name in MAKERS},
     **{f"gguf-{key}": partial(gguf_own, key) for key in (*QUANTIZABLE, *K_QUANTS, "BF16", "F16", "F32")},
     "gguf-Q4_0-subclass": partial(gguf_subclass, "Q4_0"),
     "gguf-Q8_0-forge": partial(gguf_forge, "Q8_0", False, torch.float16),

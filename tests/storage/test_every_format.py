@@ -36,14 +36,8 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 def image(case: StoredCase) -> list[bytes]:
     """Every stored byte of a case: the parameter's, its statistics', its module's."""
     state = getattr(case.parameter, "quant_state", None)
-    parts = [case.parameter, case.module.scale_weight, case.module.bias]
-    if state is not None:
-        parts += [state.absmax, state.code, state.offset, state.state2 and state.state2.absmax]
-    return [
-        plain(part).contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for part in parts
-        if part is not None
-    ]
+    parts = [*case.parts, case.module.bias, *([] if state is None else [state.code])]
+    return [plain(part).contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts]
 
 
 @FORMATS
@@ -65,7 +59,7 @@ def test_rows_equal_the_same_rows_of_dense(name: str, data: st.DataObject) -> No
     stop = data.draw(st.integers(start, shape[0]))
     case = CASES[name, shape]
     rows = stored_weight(case.parameter, case.module).rows(start, stop)
-    assert rows.device == plain(case.parameter).device
+    assert rows.device == case.codes.device
     assert same_bits(rows, case.expected[start:stop])
 
 
@@ -118,7 +112,7 @@ def test_reading_writes_nothing_and_results_are_independent(name: str, shape: tu
 def test_a_reference_is_held_not_a_copy(name: str) -> None:
     case = stored_variant(name, matrix(ALIGNED))
     weight = stored_weight(case.parameter, case.module)
-    plain(case.parameter).flatten().view(torch.uint8).zero_()
+    case.codes.flatten().view(torch.uint8).zero_()
     assert not same_bits(weight.dense(), case.expected)
 
 
@@ -126,10 +120,8 @@ def test_a_reference_is_held_not_a_copy(name: str) -> None:
 def test_values_depend_on_no_byte_outside_of_their_rows(name: str) -> None:
     case = stored_variant(name, matrix(ALIGNED))
     weight = stored_weight(case.parameter, case.module)
-    stored = plain(case.parameter).view(-1).view(torch.uint8)
-    per_row = stored.numel() // ALIGNED[0]
-    stored[: 4 * per_row] = 255
-    stored[7 * per_row :] = 255
+    case.row_bytes[:4] = 255
+    case.row_bytes[7:] = 255
     assert same_bits(weight.rows(4, 7), case.expected[4:7])
 
 
@@ -142,7 +134,7 @@ def test_only_the_blocks_that_the_rows_touch_are_decoded(
     weight = stored_weight(case.parameter, case.module)
     if not isinstance(weight, BlockedWeight):
         assert (
-            name.startswith(("dense", "fp8"))
+            name.startswith(("dense", "fp8", "comfy", "one-buffer-int8"))
             or name.endswith(("unquantized", "forge"))
             or "F16" in name
             or "F32" in name
@@ -174,19 +166,15 @@ def test_rows_out_of_bounds_are_refused_with_the_numbers(name: str, bounds: tupl
 def test_nbytes_counts_the_stored_bytes(name: str) -> None:
     case = CASES[name, ALIGNED]
     weight = stored_weight(case.parameter, case.module)
-    state = getattr(case.parameter, "quant_state", None)
-    parts = [case.parameter, case.module.scale_weight]
-    if state is not None:
-        parts += [state.absmax, state.offset, state.state2 and state.state2.absmax]
-    assert weight.nbytes == sum(
-        plain(part).numel() * plain(part).element_size() for part in parts if part is not None
-    )
+    assert weight.nbytes == sum(part.numel() * part.element_size() for part in case.parts)
 
 
 @FORMATS
 def test_kind_names_the_format(name: str) -> None:
     case = CASES[name, ALIGNED]
     same_kind = re.sub(r"-(by-row|nested|in-bf16|subclass|forge)$", "", name)
+    same_kind = same_kind.removeprefix("comfy-")
+    same_kind = same_kind.replace("one-buffer-int8", "int8").replace("one-buffer-", "bnb-")
     same_kind = re.sub(r"-baked-(fp16|bf16)$", "-baked", same_kind)
     renamed = {"gguf-F16": "dense-fp16"} if name == "gguf-F16-forge" else {}
     renamed |= {f"gguf-{key}-baked": f"gguf-{key}" for key in ("Q5_0", "Q6_K", "BF16")}

@@ -77,6 +77,13 @@ def test_it_says_what_was_applied_and_what_was_left_out_and_why() -> None:
     assert "250.0 ms" in words
 
 
+def test_ways_of_multiplying_are_told_where_there_is_more_than_one() -> None:
+    both = Reader(applied_html(replace(REPORT, products={"quantized": 40, "dequantized": 2})))
+    text = " ".join(both.words).replace("  ", " ")
+    assert "Products with the base 40 × quantized , 2 × dequantized Time to attach" in text
+    assert "Products with the base" not in Reader(applied_html(REPORT)).words
+
+
 def test_text_encoders_are_spoken_of_where_a_setting_leaves_them_alone() -> None:
     said = [" ".join(Reader(applied_html(replace(REPORT, text_encoders=on))).words) for on in (True, False)]
     assert ["left alone, as set in Settings" in text for text in said] == [False, True]

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters.adapter import AdapterError
 from lib_precision_lora.branch.algebra.effective import EffectiveWeight
+from lib_precision_lora.storage import DenseWeight, StoredWeight
+
+WIDE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +101,12 @@ def drop_values(parameter: nn.Parameter) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
+def has_dense_stand_in(parameter: Tensor, stored: StoredWeight) -> bool:
+    """Whether a dense parameter can stand in its place. What it says of its own type is not enough: a
+    `QuantizedTensor` says that in which its host computes."""
+    return isinstance(stored, DenseWeight) and parameter.dtype in WIDE_TYPES
+
+
 def make_shadow(module: nn.Module, attribute: str, original: Tensor, effective: EffectiveWeight) -> Shadow:
     """A shadow of a dense parameter, on the device of what stands in its place now.
 
@@ -106,7 +115,7 @@ def make_shadow(module: nn.Module, attribute: str, original: Tensor, effective: 
     present = module._parameters[attribute]
     assert present is not None
     assert isinstance(original, nn.Parameter)
-    if original.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if not has_dense_stand_in(original, effective.stored):
         raise AdapterError(
             f"it is stored as {effective.stored.kind} and read outside of its layer's forward, "
             "where no branch can stand"

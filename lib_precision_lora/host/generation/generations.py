@@ -122,6 +122,7 @@ def make_report(
         text_encoders=last.text_encoders,
         low_bits=low_bits,
         stored=stored_kinds(model),
+        products=products(active.host, model),
         planned_bytes=getattr(memory, "factor_bytes", None),
         measured_bytes=getattr(memory, "measured_bytes", None),
         streamed_bytes=getattr(memory, "streamed_bytes", None),
@@ -163,6 +164,13 @@ def stored_kinds(model: nn.Module | None) -> Mapping[str, int]:
             if len(stored.shape) > 1:
                 kinds[stored.kind] += 1
     return dict(kinds.most_common())
+
+
+def products(host: Any, model: nn.Module | None) -> Mapping[str, int]:
+    """How layers that can multiply in two ways do so: "quantized" or "dequantized" → number, most first."""
+    ways = (host.quantized_product(module) for module in (model.modules() if model is not None else ()))
+    names = Counter("quantized" if way else "dequantized" for way in ways if way is not None)
+    return dict(names.most_common())
 
 
 def log_report(report: GenerationReport) -> None:

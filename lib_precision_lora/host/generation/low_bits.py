@@ -11,6 +11,7 @@ OPTION = "forge_unet_storage_dtype"
 """The option's key in the host, and in the `override_settings` of its API."""
 
 _DIFFUSION_MODEL = "model.diffusion_model."
+_KEY = "_quantization_metadata"
 _LARGEST_HEADER = 100_000_000
 """Bytes; what the safetensors format allows."""
 
@@ -39,6 +40,8 @@ def objection(checkpoint: str, storage: Any) -> str | None:
         if any(f"bitsandbytes__{quantized}" in tensor for tensor in tensors):
             already = f"the weights of {name} are quantized to {quantized.upper()} already"
             return None if storage == quantized else already
+    if any(tensor.endswith(".comfy_quant") for tensor in tensors):
+        return f"the weights of {name} are quantized already"
     if storage not in ("nf4", "fp4"):
         return None
     if any(tensor.endswith(".scale_weight") for tensor in tensors):
@@ -66,7 +69,14 @@ def _diffusion_model_tensors(checkpoint: str) -> list[str]:
     try:
         with open(checkpoint, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            names = list(json.loads(file.read(size))) if 0 < size <= _LARGEST_HEADER else []
-    except (OSError, ValueError):
+            header = json.loads(file.read(size)) if 0 < size <= _LARGEST_HEADER else {}
+            names = [*header, *_configured(header.get("__metadata__"))]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return []
     return [name for name in names if name.startswith(_DIFFUSION_MODEL)] or names
+
+
+def _configured(metadata: Any) -> list[str]:
+    """The names that the layers' configurations have, where they stand in the metadata instead."""
+    layers = json.loads(metadata[_KEY])["layers"] if metadata and _KEY in metadata else {}
+    return [f"{layer}.comfy_quant" for layer in layers]

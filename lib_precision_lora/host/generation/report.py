@@ -44,7 +44,8 @@ class GenerationReport:
 
     patcher: who applied them; compute: the mode in effect; text_encoders: False where the setting leaves
     these alone; low_bits: the name under "Diffusion in Low Bits" in effect, None where it is not known;
-    stored: how the diffusion model's weights lie in memory, kind → number; planned_bytes and measured_bytes:
+    stored: how the diffusion model's weights lie in memory, kind → number; products: of the layers that can
+    multiply them in two ways, "quantized" or "dequantized" → number; planned_bytes and measured_bytes:
     LoRA factors on the device, None where nothing was planned; streamed_bytes: those that wait in RAM;
     extra_bytes: the device's largest use beyond the same generation without LoRAs, predicted; peak_bytes: its
     largest use since the generation began, all included, None without a CUDA device, and where one before it
@@ -60,6 +61,7 @@ class GenerationReport:
     text_encoders: bool = True
     low_bits: str | None = None
     stored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    products: Mapping[str, int] = dataclasses.field(default_factory=dict)
     planned_bytes: int | None = None
     measured_bytes: int | None = None
     streamed_bytes: int | None = None
@@ -91,5 +93,6 @@ class GenerationReport:
                 for file in self.files
             ],
             "stored": dict(self.stored),
+            "products": dict(self.products),
             "problems": list(self.problems),
         }

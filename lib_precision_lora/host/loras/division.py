@@ -21,9 +21,10 @@ from lib_precision_lora.adapters import (
     row_order,
 )
 from lib_precision_lora.branch import Patch, PatchError
+from lib_precision_lora.branch.forward.shadow import has_dense_stand_in
 from lib_precision_lora.branch.session.sites import Site, find_site
 from lib_precision_lora.host.loras.matching import shape_at, shape_of_rows
-from lib_precision_lora.storage import StorageError
+from lib_precision_lora.storage import StorageError, stored_weight
 
 logger = logging.getLogger("lib_precision_lora")
 
@@ -124,9 +125,11 @@ class Division:
                 channels_of(adapter, shape)
             else:
                 adapter.check(shape)
+            if site.kind == "shadow" and not has_dense_stand_in(
+                site.parameter, stored_weight(site.parameter, site.module)
+            ):
+                return False
         except (AdapterError, StorageError, AttributeError, AssertionError):
-            return False
-        if site.kind == "shadow" and not site.parameter.is_floating_point():
             return False
         return target.row_function is None or row_order(target.row_function, shape[0]) is not None
 

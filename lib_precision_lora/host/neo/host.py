@@ -79,6 +79,14 @@ class NeoHost(Host):
             return "the model is of Nunchaku (SVDQuant), which applies LoRAs by itself"
         return None
 
+    def quantized_product(self, module: nn.Module) -> bool | None:
+        """`MixedPrecisionOps.Linear` does so while nothing changes its weight on the way."""
+        full_precision = getattr(module, "_full_precision_mm", None)
+        if full_precision is None or getattr(module, "layout_type", None) is None:
+            return None
+        changed = getattr(module, "weight_function", ()) or getattr(module, "bias_function", ())
+        return not (full_precision or changed or getattr(module, "forge_force_cast_weights", False))
+
     def size(self, model: nn.Module, device: Any = None) -> int:
         if device is None:
             return int(self.memory.module_size(model))

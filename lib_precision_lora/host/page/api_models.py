@@ -38,6 +38,11 @@ class Generation(BaseModel):
     text_encoders: bool = Field(description="False where the setting leaves these alone")
     low_bits: str | None = Field(description='"Diffusion in Low Bits" in effect')
     stored: dict[str, int] = Field(description="Kind of stored weight, and how many weights are of it")
+    products: dict[str, int] = Field(
+        {},
+        description="How layers that can multiply in two ways do so (quantized, with a quantized input, or "
+        "dequantized), and how many",
+    )
     planned_bytes: int | None = Field(description="LoRA factors on the device, as planned")
     measured_bytes: int | None = Field(description="LoRA factors on the device, as they stand there")
     streamed_bytes: int | None = Field(None, description="LoRA factors that wait in RAM, and are streamed")

@@ -31,6 +31,12 @@ STORED = (
     "bnb-fp4-nested",
     "gguf-Q8_0-baked-bf16",
     "gguf-Q4_K-baked-fp16",
+    "one-buffer-nf4-nested",
+    "comfy-fp8-e4m3fn-scaled",
+    "comfy-nvfp4",
+    "comfy-mxfp8",
+    "comfy-int8-by-row",
+    "comfy-int8-convrot",
 )
 POLICIES = pytest.mark.parametrize("policy", ["branch", "merge"])
 
@@ -82,6 +88,11 @@ def test_the_cost_is_the_error_of_the_effect_over_many_parameters() -> None:
         ("fp8-e4m3fn", 0.8, 1.3),
         ("bnb-nf4", 0.8, 1.3),
         ("gguf-Q4_K-baked-fp16", 0.01, 0.03),
+        ("one-buffer-nf4", 0.01, 0.03),
+        ("comfy-nvfp4", 0.8, 2.0),
+        ("comfy-mxfp8", 0.8, 1.3),
+        ("comfy-int8-by-row", 0.4, 1.0),
+        ("comfy-int8-convrot", 0.4, 1.0),
     ],
 )
 def test_a_lora_of_a_hundredth_of_the_weight_costs_what_rounding_costs_it(

@@ -14,7 +14,7 @@ from lib_precision_lora.branch import PatchError, PatchSession
 from tests.branch.hosts import IDS, IMAGE, SHAPES, Holder, Linear, Mixed, hooks_of, image_of, stored_holder
 from tests.branch.patch_sets import EVERYTHING, files_on, outputs, random_files
 from tests.branch.recipes import BASE_STD, generator, noise, recipe
-from tests.storage.formats import VARIANTS, stored_variant
+from tests.storage.formats import VARIANTS, StoredLinear, stored_variant
 from tests.storage.test_every_format import image as stored_bytes
 
 
@@ -215,6 +215,20 @@ def test_other_hooks_of_the_host_stay() -> None:
     model(IDS, IMAGE)
     assert len(calls) == 2
     assert hooks_of(model) == 1
+
+
+def test_a_quantized_tensor_that_is_read_outside_of_its_layer_is_refused_by_name() -> None:
+    """It says that it is bf16, and no dense parameter can stand for it."""
+
+    class Reader(StoredLinear):
+        """No host's linear layer by its name."""
+
+    case = stored_variant("comfy-nvfp4", noise((16, 64), generator(1)))
+    model = nn.ModuleDict({"layer": Reader(case.parameter, case.expected)}).requires_grad_(False)
+    original = model["layer"].weight
+    with PatchSession(model) as session, pytest.raises(PatchError, match=r"layer.* is stored as nvfp4"):
+        session.apply([("file", {"layer.weight": recipe("lora-rank-8-fp16", (16, 64)).adapter}, 1.0)])
+    assert model["layer"].weight is original
 
 
 def test_a_stored_layer_is_patched_beside_and_not_shadowed() -> None:

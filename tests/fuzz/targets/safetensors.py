@@ -36,6 +36,7 @@ ENDINGS = (
     *(".lora_up.weight", ".lora_down.weight", ".alpha", ".lora_A.weight", ".lora_B.weight", ".dora_scale"),
     *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".lokr_w1", ".lokr_w2", ".oft_blocks", ".diff"),
     *(".diff_b", ".lora_mid.weight", ".magnitude", ".on_input", ".weight", ".a1.weight", ".oft_R.weight", ""),
+    *(".comfy_quant", ".weight_scale", ".scale_weight"),
 )
 METADATA = (
     "ss_network_args",
@@ -45,6 +46,7 @@ METADATA = (
     "lora_alpha",
     "r",
     "alpha",
+    "_quantization_metadata",
 )
 HUGE = (
     "1" * 19,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         ([FP4], [*EIGHT_BITS, "nf4"]),
         ([NF4.removeprefix("model.diffusion_model.")], [*EIGHT_BITS, "fp4"]),
         ([f"{LAYER}.weight", SCALED], ["nf4", "fp4"]),
+        ([f"{LAYER}.weight", f"{LAYER}.comfy_quant"], [*EIGHT_BITS, "nf4", "fp4"]),
+        ([f"{LAYER}.weight", f"{T5}.comfy_quant"], []),
         ([f"{LAYER}.weight", f"{T5}.weight.quant_state.bitsandbytes__nf4"], []),
         ([f"{LAYER}.weight", f"{T5}.scale_weight"], []),
     ],
@@ -43,6 +46,31 @@ def test_a_quantized_model_keeps_its_type_and_its_text_encoder_does_not_count(
     file = write_header(tmp_path / "flux.safetensors", *names)
     found = [storage for storage in (*EIGHT_BITS, "nf4", "fp4", None) if objection(str(file), storage)]
     assert found == refused
+
+
+@pytest.mark.usefixtures("card")
+def test_metadata_that_cannot_be_read_is_left_to_the_host_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "flux.safetensors"
+    for text in ("{", "3", "{}", '{"layers": 3}', "[" * 100_000):
+        header = json.dumps(
+            {"__metadata__": {"_quantization_metadata": text}, f"{LAYER}.weight": {}}
+        ).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert objection(str(file), torch.float8_e4m3fn) is None
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("layer", "refused"), [(LAYER, True), (T5, False)])
+def test_layers_that_the_metadata_calls_quantized_count_as_well(
+    tmp_path: Path, layer: str, refused: bool
+) -> None:
+    file = tmp_path / "flux.safetensors"
+    layers = json.dumps({"layers": {layer: {"format": "nvfp4"}}})
+    header = {"__metadata__": {"_quantization_metadata": layers}, f"{LAYER}.weight": {}, f"{T5}.weight": {}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    found = objection(str(file), torch.float8_e4m3fn)
+    assert found == ("the weights of flux.safetensors are quantized already" if refused else None)
 
 
 @pytest.mark.usefixtures("card")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib_precision_lora.host.generation.generations import products
 from lib_precision_lora.host.interface import LoadRequest
 from lib_precision_lora.host.loras.matching import FileMatch
 from lib_precision_lora.host.neo.host import NeoHost
@@ -173,6 +174,30 @@ def test_loras_lie_beside_the_patchers_by_model(neo: Any) -> None:
     assert neo.host.patches(patcher) == {}
     neo.host.forget(neo.model)
     assert not neo.host.takes_loras(patcher)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, True),
+        ({"_full_precision_mm": True}, False),
+        ({"weight_function": [print]}, False),
+        ({"bias_function": [print]}, False),
+        ({"forge_force_cast_weights": True}, False),
+        ({"layout_type": None}, None),
+    ],
+)
+def test_a_layer_multiplies_quantized_while_nothing_changes_its_weight(
+    neo: Any, attributes: dict[str, Any], expected: bool | None
+) -> None:
+    layer = nn.Linear(2, 2)
+    vars(layer).update({"_full_precision_mm": False, "layout_type": "TensorCoreFP8Layout", **attributes})
+    assert neo.host.quantized_product(layer) is expected
+    assert neo.host.quantized_product(nn.Linear(2, 2)) is None
+    both = nn.ModuleList([layer, layer, nn.Linear(2, 2)])  # a module counts once
+    names = {True: {"quantized": 1}, False: {"dequantized": 1}, None: {}}
+    assert products(neo.host, both) == names[expected]
+    assert products(neo.host, None) == {}
 
 
 def test_a_nunchaku_model_keeps_the_loras_of_its_host(neo: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -14,9 +16,12 @@ from tests.branch.merging import MODULES, holder_of, item
 from tests.branch.patch_sets import EVERYTHING, files_on, outputs
 from tests.branch.recipes import generator, noise
 from tests.families import family
+from tests.storage.quantized_tensors import MAKERS, StandInTensor
 
 
-@pytest.mark.parametrize("stored", ["dense-bf16", "fp8-e4m3fn", "bnb-nf4", "gguf-Q8_0", "gguf-Q4_0"])
+@pytest.mark.parametrize(
+    "stored", ["dense-bf16", "fp8-e4m3fn", "bnb-nf4", "gguf-Q8_0", "gguf-Q4_0", "one-buffer-nf4", *MAKERS]
+)
 def test_bf16_and_low_bit_layers_are_never_merged(stored: str) -> None:
     holder, _ = stored_holder(stored, noise((16, 256), generator(1)))
     original = holder.layer.weight
@@ -25,6 +30,20 @@ def test_bf16_and_low_bit_layers_are_never_merged(stored: str) -> None:
             session.apply([item(family(name, (16, 256)))], dense="merge")
             assert (session.merged, session.attached) == ((), ("layer",))
             assert holder.layer.weight is original
+
+
+@pytest.mark.parametrize("stored", MAKERS)
+def test_a_quantized_tensor_is_not_merged_whatever_type_it_says_that_it_has(stored: str) -> None:
+    """Its host computes in fp16."""
+    holder, case = stored_holder(stored, noise((16, 256), generator(1)))
+    params = dataclasses.replace(case.parameter._params, orig_dtype=torch.float16)
+    tensor = StandInTensor(case.parameter._qdata, case.parameter._layout_cls, params)
+    holder.layer.weight = original = nn.Parameter(tensor, requires_grad=False)
+    assert original.dtype == torch.float16
+    with PatchSession(holder) as session:
+        session.apply([item(family("lora", (16, 256)))], dense="merge")
+        assert (session.merged, session.attached) == ((), ("layer",))
+        assert holder.layer.weight is original
 
 
 def test_a_weight_that_stands_at_two_places_is_not_merged() -> None:
