@@ -30,6 +30,9 @@ ROUNDING = 2
 VISIBLE = 20
 """Grey levels by which an image has to change for it to have been LoRA's doing."""
 
+RAM_NOISE = 32 * 2**20
+"""Bytes by which a process that holds nothing more may have grown: less than one copy of a LoRA's layers."""
+
 SKIPPED = "Precision LoRA skipped: "
 
 
@@ -238,6 +241,21 @@ def test_ten_changes_of_strength_move_no_model(webui: WebUI) -> None:
     for step in range(10):
         ours(webui, f"a cat <lora:strong:{0.1 * (step + 1):.1f}>")
     assert not [line for line in webui.log(position).splitlines() if line.startswith(webui.moved)]
+
+
+def test_a_hundred_changes_leave_nothing_in_ram(webui: WebUI) -> None:
+    """Half of the changes come first: the host's own caches fill with them."""
+    prompts = [
+        f"a cat <lora:{name}:{strength / 100:.2f}>"
+        for strength in range(1, 51)
+        for name in ("strong", "other")
+    ]
+    for prompt in prompts[:50]:
+        webui.generate(prompt, steps=1)
+    before = webui.resident_bytes()
+    for prompt in prompts[50:]:
+        webui.generate(prompt, steps=1)
+    assert webui.resident_bytes() - before < RAM_NOISE
 
 
 def test_a_lora_on_a_float8_checkpoint_is_that_on_the_exact_one(

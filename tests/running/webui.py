@@ -20,6 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from lib_precision_lora.ui.settings import OPTIONS
@@ -207,6 +208,10 @@ class WebUI:
 
     def log_position(self) -> int:
         return len(self.log())
+
+    def resident_bytes(self) -> int:
+        """What the server's process has in RAM."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def get(self, path: str) -> Any:
         """From the WebUI's own API, or from this path of the server where it begins with a slash."""
