@@ -24,8 +24,9 @@ from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.session.sites import Site, find_parameter, find_site
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.mismatch import why_nothing_matches
-from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of, model_of
+from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of
 from lib_precision_lora.names.key_map import is_input_layer
+from lib_precision_lora.names.models import model_of
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ticks import Tick, untold
 
@@ -37,10 +38,14 @@ ENCODER_NUMBERS = {"clip_l": 1, "clip_h": 1, "clip_g": 2, "t5xxl": 3}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyMap:
-    """One model and the names under which LoRA files know its parameters."""
+    """One model and the names under which LoRA files know its parameters.
+
+    architecture: which model it is, where that is known.
+    """
 
     model: nn.Module
     names: Mapping[str, Any]
+    architecture: str | None = None
 
 
 def key_map_of(model: nn.Module, names: Mapping[str, Any]) -> KeyMap:
@@ -50,7 +55,7 @@ def key_map_of(model: nn.Module, names: Mapping[str, Any]) -> KeyMap:
         return target_shape(model, Target(parameter))
 
     parameters = [name for name, _ in model.named_parameters()]
-    return KeyMap(model, complete_key_map(names, parameters, shape_of))
+    return KeyMap(model, complete_key_map(names, parameters, shape_of), model_of(parameters))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,14 +147,13 @@ def match_file(
     present = encoders_of(text_encoder)
     without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
     unmatched = tuple(key for key in rest if key not in without_encoder)
-    model = model_of(Target.parse(value).parameter for value in unet.names.values())
-    require_one_model(model, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
+    require_one_model(unet.architecture, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
     if misfit:
         raise FileProblem(f"it cannot be applied: {misfit}")
     if not any(patches):
         names = [keys.names for keys in (unet, text_encoder) if keys is not None]
         loaded = type(getattr(unet.model, "diffusion_model", unet.model)).__name__
-        raise FileProblem(why_nothing_matches(state_dict.keys(), names, layout, loaded, model))
+        raise FileProblem(why_nothing_matches(state_dict.keys(), names, layout, loaded, unet.architecture))
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
     return FileMatch(
