@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lib_precision_lora.names.endings import module_of
 from lib_precision_lora.names.layouts import bare_name, text_encoder_path
 from lib_precision_lora.names.models import (
     ANIMA,
@@ -77,7 +78,7 @@ _MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
         ),
         (
             "SD 3, Flux or another transformer, in diffusers' names",
-            {SD3, FLUX, "Hunyuan Video", QWEN, FLUX2, KREA},
+            {SD3, FLUX, "Hunyuan Video", QWEN, FLUX2, KREA, ANIMA},
             r"transformer_blocks_\d+_(?:attn2?_|ff_|norm1_)",
         ),
         (
@@ -85,12 +86,12 @@ _MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
             {"PixArt or LTX-Video", ANIMA},
             r"transformer_blocks_\d+_attn1_",
         ),
-        (ERNIE, {ERNIE}, r"layers_\d+_(?:self_attention_|mlp_(?:gate_proj|up_proj|linear_fc2)$)"),
+        (ERNIE, {ERNIE}, r"layers_\d+_(?:self_attention_|mlp_(?:\w+_proj|linear_fc2)$|adaLN_(?:sa|mlp)_ln$)"),
         (LUMINA, {LUMINA}, r"(?:layers|\w+_refiner)_\d+_(?:attn_|feed_forward_linear_|adaLN_modulation_1$)"),
         (LUMINA, {LUMINA}, r"(?:layers|\w+_refiner)_\d+_norm[12]_?|time_caption_embed_"),
         (Z_IMAGE, {Z_IMAGE}, r"(?:layers|\w+_refiner)_\d+_(?:attention_(?:to|norm)_|adaLN_modulation_0$)"),
         (Z_IMAGE, {Z_IMAGE}, r"all_(?:x_embedder|final_layer)_"),
-        (NEXT_DIT, {LUMINA, Z_IMAGE}, r"layers_\d+_(?:attention|feed_forward|adaLN|ffn)_"),
+        (NEXT_DIT, {LUMINA, Z_IMAGE}, r"layers_\d+_(?:attention_|feed_forward_|attention_norm|ffn_norm)"),
         (NEXT_DIT, {LUMINA, Z_IMAGE}, r"(?:noise|context)_refiner_\d+_|cap_embedder_"),
         ("AnimateDiff", {"AnimateDiff", UNET}, r".*motion_modules_"),
         (UNET, {UNET}, r"(?:input_blocks|output_blocks|down_blocks|up_blocks)_\d+_|(?:mid|middle)_block_"),
@@ -178,7 +179,7 @@ def kind_of(key: str) -> Kind:
     for label, remedy, pattern in _OTHERS:
         if len(key) <= LONGEST_KEY and pattern.match(key):
             return Kind(label, remedy=remedy)
-    number, path = text_encoder_path(bare_name(key))
+    number, path = text_encoder_path(bare_name(module_of(key)))
     if number is not None:
         return Kind(_ENCODERS[number], text_encoder=number)
     for label, models, pattern in _MODELS:

@@ -57,6 +57,8 @@ FLUX2_SIZES: Sizes = {
     "vec_in_dim": None,
     "mlp_ratio": 3.0,
     "axes_dim": [8, 8, 8, 8],
+    "depth": 2,
+    "depth_single_blocks": 2,
     "theta": 2000,
     "patch_size": 1,
     "qkv_bias": False,
