@@ -6,11 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.neo.real_neo import Neo, import_neo
 from tests.neo.webui import HOW_TO_RUN
+
+if TYPE_CHECKING:
+    from lib_precision_lora.host.binding import Binding
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +31,19 @@ def neo(neo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ne
     path = list(sys.path)
     yield import_neo(neo_root, tmp_path_factory.mktemp("neo-data"))
     sys.path[:] = path
+
+
+@pytest.fixture
+def precision_lora(neo: Neo) -> Iterator[Binding]:
+    """Our binding in the running host, with its settings registered, for one test; options are put back."""
+    from lib_precision_lora.host import install, installation, uninstall
+    from lib_precision_lora.host.page.settings import register_settings
+
+    register_settings()
+    options = dict(neo.shared.opts.data)
+    assert install(), "this Neo lacks something that the binding relies on; the log says what"
+    active = installation.active()
+    assert active is not None
+    yield active
+    uninstall()
+    neo.shared.opts.data = options
