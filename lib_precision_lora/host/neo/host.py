@@ -69,6 +69,15 @@ class NeoHost(Host):
         """Its weights were never ours to restore."""
         self._patches.pop(model, None)
 
+    def put_aside(self, model: nn.Module, name: str) -> Tensor | None:
+        """A model may be given by a proxy, which is equal to it and not the same."""
+        for loaded in self.memory.current_loaded_models:
+            patcher = loaded.model
+            if patcher is not None and patcher.model == model and name in patcher.backup:
+                weight: Tensor = patcher.backup[name].weight
+                return weight
+        return None
+
     def parse(self, state_dict: Mapping[str, Tensor], names: Mapping[str, Any]) -> Any:
         """Nothing: what we do not read could only be merged, which is what this extension is there to
         avoid."""
