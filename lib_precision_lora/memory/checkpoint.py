@@ -14,7 +14,7 @@ from lib_precision_lora.memory.architecture import (
     UnknownArchitectureError,
     recognize,
 )
-from lib_precision_lora.memory.flows import TEXT, flow_of
+from lib_precision_lora.memory.flows import TEXT, Counts, flow_of
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
 from lib_precision_lora.memory.held import Storage, check_choice, held_bytes, own_storage
 from lib_precision_lora.memory.packed_weights import logical_tensors
@@ -162,14 +162,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _model_layers(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
     levels = {block.name: block.level for block in unet_blocks(tensors)}
-    numbers = [re.match(r"(double|single)_blocks\.(\d+)\.", name) for name in tensors]
-    doubles, singles = (
-        len({match[2] for match in numbers if match and match[1] == kind}) for kind in ("double", "single")
-    )
+    counts = Counts.of({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
         module, _, attribute = name.rpartition(".")
         if attribute in (*ATTRIBUTES, *READ_AROUND) and tensor.shape:
-            flow = flow_of(architecture.family, module, levels, (doubles, singles))
+            flow = flow_of(architecture.family, module, levels, counts)
             yield _layer(name, tensor, tensor.shape[0], flow)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lib_precision_lora.memory.architecture import Family, Flow
 from lib_precision_lora.names.unet import DEEPEST_BLOCK
@@ -12,8 +13,7 @@ ONCE, TEXT, IMAGE, JOINT = Flow("once"), Flow("text"), Flow("image"), Flow("join
 CLIP_TOKENS = 257
 """Of the image that a Wan 2.1 sees through CLIP's vision model."""
 
-KREA_LAYERS, KREA_WIDTH = 12, 2560
-"""Krea 2 is told each token of the prompt by so many layers of its text encoder, of this width."""
+_FLUX_BLOCK = re.compile(r"(?:double|single)_blocks\.\d+")
 
 _FLOWS: Mapping[Family, tuple[tuple[str, Flow], ...]] = {
     "MMDiT": (
@@ -52,16 +52,14 @@ _FLOWS: Mapping[Family, tuple[tuple[str, Flow], ...]] = {
     ),
     "Krea 2": (
         (r"tmlp\b|tproj\b|.*\bmod\b|last\.modulation\b", ONCE),
-        (r"txtfusion\.layerwise_blocks\b", Flow("text", count=KREA_LAYERS)),
-        (r"txtfusion\.projector\b", Flow("text", count=KREA_WIDTH)),
         (r"txt(?:fusion|mlp)\b", TEXT),
         (r"first\b", IMAGE),
         (r"", JOINT),
     ),
     "NextDiT": (
         (r"t_embedder\b|time_text_embed\b|clip_text_pooled_proj\b|.*\badaLN_modulation\b", ONCE),
-        (r"cap_|context_refiner\b", TEXT),
-        (r"x_|noise_refiner\b", IMAGE),
+        (r"cap_embedder\b|context_refiner\b", TEXT),
+        (r"x_embedder\b|noise_refiner\b", IMAGE),
         (r"", JOINT),
     ),
     "Ernie-Image": (
@@ -74,16 +72,39 @@ _FLOWS: Mapping[Family, tuple[tuple[str, Flow], ...]] = {
 """A transformer's family → patterns of its layers and what flows through them; the first that fits counts."""
 
 
-def flow_of(family: Family, name: str, levels: Mapping[str, int], blocks: tuple[int, int] = (0, 0)) -> Flow:
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """doubles, singles: blocks of a Flux, for each of which a Chroma makes vectors; layers, width: of the text
+    encoder, of which a Krea 2 sees each token so many times."""
+
+    doubles: int = 0
+    singles: int = 0
+    layers: int = 1
+    width: int = 1
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Counts:
+        """shapes: of a diffusion model's parameters, by name."""
+        blocks = {match[0] for match in map(_FLUX_BLOCK.match, shapes) if match}
+        doubles = sum(block.startswith("double") for block in blocks)
+        layers = sum(shapes.get("txtfusion.projector.weight", (1, 1))[1:2])
+        width = sum(shapes.get("txtfusion.layerwise_blocks.0.attn.wq.weight", (1, 1))[1:2])
+        return cls(doubles, len(blocks) - doubles, layers, width)
+
+
+def flow_of(family: Family, name: str, levels: Mapping[str, int], counts: Counts) -> Flow:
     """What flows through a layer of a diffusion model.
 
-    name: without `.weight`; levels: those of a UNet's blocks, by name; blocks: a Flux's numbers of double
-    and single blocks.
+    name: without `.weight`; levels: those of a UNet's blocks, by name.
     """
     if family == "UNet":
         return _unet_flow(name, levels)
     if name.startswith("distilled_guidance_layer."):
-        return Flow("vectors", count=12 * blocks[0] + 3 * blocks[1] + 2)
+        return Flow("vectors", count=12 * counts.doubles + 3 * counts.singles + 2)
+    if name.startswith("txtfusion.layerwise_blocks."):
+        return Flow("text", count=counts.layers)
+    if name == "txtfusion.projector":
+        return Flow("text", count=counts.width)
     return next(flow for sign, flow in _FLOWS[family] if re.match(sign, name))
 
 

@@ -1,4 +1,4 @@
-"""A patch of another extension that Neo merges makes a layer wider: files are judged by the checkpoint's own."""
+"""A patch of another extension makes a layer of Neo wider: files are judged by the checkpoint's own."""
 
 from __future__ import annotations
 
