@@ -32,7 +32,8 @@ SMALLEST_EFFECT = 1e-4
 @dataclass(frozen=True, slots=True, eq=False)
 class Effects:
     """Of patches on each target of a model, one at a time. errors: of their effects; left: parameters that
-    take no branch; never_read: of which the output does not depend; cancels: whose effect is noise."""
+    take no branch; never_read: of which the output does not depend; cancels: whose effect is noise; both of
+    whole parameters."""
 
     errors: dict[Target, float] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
@@ -58,7 +59,7 @@ def effects_of_every_parameter(tiny: Tiny) -> Effects:
         except PatchError:
             found.left.add(target.parameter)
             continue
-        if expected.norm() < SMALLEST_EFFECT * base.norm():
+        if target.rows is None and expected.norm() < SMALLEST_EFFECT * base.norm():
             (found.cancels if expected.any() else found.never_read).add(target.parameter)
         found.errors[target] = error_of_effect(actual, expected, base)
     assert torch.equal(output(tiny, tiny.model), base)

@@ -74,8 +74,8 @@ _FLOWS: Mapping[Family, tuple[tuple[str, Flow], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """doubles, singles: blocks of a Flux, for each of which a Chroma makes vectors; layers, width: of the text
-    encoder, of which a Krea 2 sees each token so many times."""
+    """doubles, singles: blocks of a Flux, for each of which a Chroma makes vectors; layers, width: of the
+    text encoder, of which a Krea 2 sees each token so many times."""
 
     doubles: int = 0
     singles: int = 0

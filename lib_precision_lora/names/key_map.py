@@ -82,7 +82,7 @@ def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) ->
                 for name in part.names:
                     yield name, rows
         elif root not in CLIP_PREFIXES:
-            for name in language_model_names(path):
+            for name in language_model_names(root, path):
                 yield name, Rows(parameter)
         elif root in CLIP_PREFIXES and path.startswith("transformer."):
             first = ("lora_te_",) if root == "clip_g" and not clip_l else ()

@@ -36,18 +36,19 @@ _OPEN_CLIP: Mapping[str, str] = {
 }
 
 
-def language_model_names(path: str) -> tuple[str, ...]:
+def language_model_names(root: str, path: str) -> tuple[str, ...]:
     """What files call a module of a language model that is the text encoder, or of Anima's adapter in it.
 
-    path: of the module, inside the text encoder. sd-scripts writes what stands below `model`, ComfyUI puts
-    `transformer` before it.
+    root: the host's name of the text encoder; path: of the module inside. sd-scripts writes what stands below
+    `model`, ComfyUI puts `transformer` before it.
     """
     flat = path.replace(".", "_")
     if path.startswith(ADAPTER_PATH):
         inner = flat.removeprefix(ADAPTER_PATH.replace(".", "_"))
         return f"lora_unet_{flat}", f"lora_te_{flat}", f"lora_unet_text_conditioner_{inner}"
     inside = flat.removeprefix("model_")
-    return f"lora_te_{inside}", f"lora_te1_{inside}", f"lora_te_{flat}", f"lora_te1_{flat}"
+    prefixed = (f"{prefix}_{name}" for prefix in ("lora_te", "lora_te1") for name in (inside, flat))
+    return *prefixed, f"text_encoders.{root}.transformer.{path}"
 
 
 def host_parameters(encoder: str, name: str) -> tuple[str, ...]:

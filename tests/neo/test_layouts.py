@@ -7,7 +7,7 @@ is asked beside it: where it knows a key, ours is for the same rows of the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +178,49 @@ def test_the_layers_that_files_may_concern_are_those_that_the_host_has(
 def test_each_model_is_known_by_its_parameters(subjects: Mapping[str, Subject], model: str) -> None:
     names = {"SD 1.5": models.UNET, "SDXL": models.UNET, "Flux": models.FLUX, "Chroma": models.FLUX}
     assert subjects[model].keys.architecture == names.get(model, model)
+
+
+ADAPTER = {
+    "sd-scripts": lambda path: f"lora_unet_llm_adapter_{path.replace('.', '_')}",
+    "as Neo renames it": lambda path: f"lora_te_llm_adapter_{path.replace('.', '_')}",
+    "ComfyUI": lambda path: f"diffusion_model.llm_adapter.{path}",
+    "Cosmos": lambda path: f"net.llm_adapter.{path}",
+    "diffusers": lambda path: f"text_conditioner.{path}",
+}
+"""What files call the layers of Anima's adapter, which Neo keeps in the text encoder."""
+
+LANGUAGE_MODEL = {
+    "sd-scripts": lambda path: f"lora_te_{path.removeprefix('model.').replace('.', '_')}",
+    "sd-scripts, for ComfyUI": lambda path: f"text_encoders.qwen3_06b.transformer.{path}",
+    "Neo": lambda path: f"text_encoders.qwen3_06b.{path}",
+}
+"""What files call the layers of Anima's text encoder itself."""
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [("qwen3_06b.llm_adapter.", name) for name in ADAPTER.values()]
+    + [("qwen3_06b.", name) for name in LANGUAGE_MODEL.values()],
+    ids=[*(f"adapter, {writer}" for writer in ADAPTER), *LANGUAGE_MODEL],
+)
+def test_every_layer_of_animas_text_encoder_is_met(
+    neo: Neo, subjects: Mapping[str, Subject], root: str, name: Callable[[str], str]
+) -> None:
+    """Beside a diffusion model that has none of them."""
+    tiny = TINY_MODELS["Anima's text encoder"](neo)
+    state, expected = {}, set()
+    for parameter, weight in tiny.model.named_parameters():
+        path = parameter.removeprefix(root).removesuffix(".weight")
+        mine = parameter.startswith(root) and parameter.endswith(".weight") and weight.ndim > 1
+        if not mine or (root == "qwen3_06b." and path.startswith("llm_adapter.")):
+            continue
+        state[f"{name(path)}.lora_A.weight"] = torch.ones(2, weight.shape[1])
+        state[f"{name(path)}.lora_B.weight"] = torch.ones(weight.shape[0], 2)
+        expected.add(parameter)
+    assert len(expected) > 8
+    match = match_file("test", state, subjects["Anima"].keys, key_map_of(tiny.model, tiny.key_map), nothing)
+    assert (match.unmatched, match.without_encoder, dict(match.unet)) == ((), (), {})
+    assert set(match.text_encoder) == expected
 
 
 STRANGERS = [(model, other) for model in LAYOUTS for other in NEO_LAYOUTS if model != other]

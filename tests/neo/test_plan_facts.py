@@ -139,19 +139,20 @@ def test_every_name_in_neos_key_map_finds_the_same_rows(neo: Neo, name: str, tmp
     for key, target in neo.lora.model_lora_keys_unet(host, {}).items():
         parameter, rows = (target, None) if isinstance(target, str) else (target[0], target[1])
         shape = shapes.get(parameter.removeprefix("diffusion_model."), ())
+        foreign = name in BY_AUTHORS_NAMES and not key.startswith("lora_unet_")
         start, count = (0, math.prod(shape[:1])) if rows is None else rows[1:]
-        if len(shape) < 2 or start + count > shape[0] or OTHERS_NAMES.get(name, "?") in key:
+        if len(shape) < 2 or start + count > shape[0] or foreign:
             continue
         place = places.find(key)
         assert place is not None, key
         assert f"diffusion_model.{place.layer.parameter}" == parameter
         assert (place.start, place.stop) == (start, start + count), key
         compared += 1
-    assert compared > 200
+    assert compared > 80
 
 
-OTHERS_NAMES = {"Flux 2": ".net.", "Lumina 2": ".to_"}
-"""What Neo's key map has for these of the names of Flux and Z-Image, which no trainer writes for them."""
+BY_AUTHORS_NAMES = ("Flux 2", "Lumina 2")
+"""For these Neo's key map has Flux's and Z-Image's names of diffusers, which no trainer writes for them."""
 
 PADDED = {"Z-Image": lambda model: model.diffusion_model(*padded())}
 """Neo fills the prompt and the image up to multiples of 32; here they are so already."""
