@@ -26,6 +26,9 @@ CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
 }
 """The host's name of a text encoder → under which prefixes files know its modules."""
 
+_SCALED_NORMS = (".query_norm", ".key_norm")
+"""Norms whose weight Flux's authors, and control LoRAs, call a scale, whatever the host does."""
+
 _INPUT_LAYERS = ("img_in", "input_blocks.0.0")
 
 
@@ -77,6 +80,8 @@ def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) ->
         if root == "diffusion_model":
             if attribute == "scale":
                 yield f"lora_unet_{_flat(path)}", Rows(parameter)
+            elif path.endswith(_SCALED_NORMS):
+                yield f"{parameter.removesuffix(attribute)}scale", Rows(parameter)
             for part in transformer_parts(model, path, joint):
                 rows = _rows(parameter, part, shape_of)
                 for name in part.names:

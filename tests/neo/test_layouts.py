@@ -180,6 +180,20 @@ def test_each_model_is_known_by_its_parameters(subjects: Mapping[str, Subject], 
     assert subjects[model].keys.architecture == names.get(model, model)
 
 
+def test_a_control_loras_norms_are_those_that_neo_calls_otherwise(subjects: Mapping[str, Subject]) -> None:
+    """BFL's files give the scales of norms as new values, beside a LoRA on the input layer."""
+    subject = subjects["Flux"]
+    state = {"img_in.lora_A.weight": torch.ones(2, 32), "img_in.lora_B.weight": torch.ones(64, 2)}
+    norms = [name for name in subject.shapes if name.endswith(("query_norm.weight", "key_norm.weight"))]
+    for norm in norms:
+        path = norm.removeprefix("diffusion_model.").removesuffix("weight")
+        state[f"{path}scale"] = torch.ones(subject.shapes[norm])
+    match = subject.match(state)
+    assert len(norms) == 6
+    assert match.unmatched == ()
+    assert {Target.parse(key).parameter for key in match.unet} == {*norms, "diffusion_model.img_in.weight"}
+
+
 ADAPTER = {
     "sd-scripts": lambda path: f"lora_unet_llm_adapter_{path.replace('.', '_')}",
     "as Neo renames it": lambda path: f"lora_te_llm_adapter_{path.replace('.', '_')}",
