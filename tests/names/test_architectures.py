@@ -7,7 +7,22 @@ from collections.abc import Mapping
 import pytest
 
 from lib_precision_lora.names.architectures import describe_leftover, foreign, kind_of, unreadable
-from lib_precision_lora.names.models import ANIMA, FLUX, LUMINA, QWEN, SD3, UNET, WAN, model_of
+from lib_precision_lora.names.models import (
+    ANIMA,
+    ERNIE,
+    FLUX,
+    FLUX2,
+    KREA,
+    LUMINA,
+    QWEN,
+    SD3,
+    UNET,
+    WAN,
+    Z_IMAGE,
+    model_of,
+)
+from tests.trainer_files import EVERY_OF_NEO, NEO_LAYOUTS, make_file
+from tests.trainer_models import parameters, places_of, shape_in
 
 KEYS: Mapping[str, tuple[str, str | None]] = {
     "lora_unet_down_blocks_0_attentions_0_proj_in.alpha": ("SD 1.5 or SDXL", UNET),
@@ -38,6 +53,16 @@ KEYS: Mapping[str, tuple[str, str | None]] = {
     "emb_params": ("textual inversions", None),
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": ("SD 1.5 or SDXL", UNET),
     "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0": ("kohya's OFT for Flux", None),
+    "lora_unet_blocks_3_cross_attn_k_img.lora_down.weight": ("Wan", WAN),
+    "lora_unet_blocks_3_self_attn_q_proj.lora_down.weight": ("Anima", ANIMA),
+    "diffusion_model.llm_adapter.blocks.0.mlp.0.lora_A.weight": ("Anima", ANIMA),
+    "diffusion_model.blocks.3.attn.wq.lora_A.weight": ("Krea 2", KREA),
+    "transformer.transformer_blocks.3.ff.gate.lora_A.weight": ("Krea 2", KREA),
+    "lora_unet_layers_3_attention_to_q.lora_down.weight": ("Z-Image", Z_IMAGE),
+    "transformer.layers.3.attn.to_q.lora_A.weight": ("Lumina 2", LUMINA),
+    "diffusion_model.layers.3.self_attention.to_q.lora_A.weight": ("Ernie-Image", ERNIE),
+    "diffusion_model.double_stream_modulation_img.lin.lora_A.weight": ("Flux 2", FLUX2),
+    "lora_unet_double_blocks_3_img_mod_lin.lora_down.weight": ("Flux or Chroma", FLUX),
     "something.else": ("no layout", None),
 }
 """A key → what it is called, and the model among ours of which it speaks."""
@@ -56,6 +81,15 @@ def test_no_models_own_names_are_foreign_to_it(model: str) -> None:
     own = [key for key, (_, speaks_of) in KEYS.items() if speaks_of == model]
     assert len(own) > 1
     assert foreign(own, model) == ((), "")
+
+
+@pytest.mark.parametrize(("model", "layout"), EVERY_OF_NEO)
+def test_no_file_of_one_of_neos_models_is_foreign_to_it(model: str, layout: str) -> None:
+    form, known, shape = NEO_LAYOUTS[model][layout], parameters(model), shape_in(model)
+    state, _ = make_file(form, places_of(model, form.paths), {name: shape(name) for name in known})
+    assert foreign(state, model_of(known)) == ((), "")
+    assert model_of(known) == model
+    assert foreign(state, UNET)[0], "and it is to another"
 
 
 def test_keys_of_another_model_are_named_by_what_they_have_in_common() -> None:
