@@ -73,8 +73,9 @@ class NeoHost(Host):
         """A model may be given by a proxy, which is equal to it and not the same."""
         for loaded in self.memory.current_loaded_models:
             patcher = loaded.model
-            if patcher is not None and patcher.model == model and name in patcher.backup:
-                weight: Tensor = patcher.backup[name].weight
+            backup = getattr(patcher, "backup", {})
+            if name in backup and patcher.model == model:
+                weight: Tensor = backup[name].weight
                 return weight
         return None
 
