@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lib_precision_lora.memory.architecture import FLUX_DEV, SD15, SDXL, Architecture, Request, flow_of
+from lib_precision_lora.memory.architecture import FLUX_DEV, SD15, SDXL, Architecture, Request
+from lib_precision_lora.memory.flows import Counts, flow_of
 from lib_precision_lora.names.unet import unet_blocks
 from tests.memory.checkpoints import Shapes, flux, sd15_unet, sdxl_unet
 
@@ -91,7 +92,7 @@ class Pass:
             name, _, attribute = parameter.rpartition(".")
             if attribute != "weight" or len(shape) < 2 or not any(part in name for part in CHANGED):
                 continue
-            flow = flow_of(architecture.family, name, levels)
+            flow = flow_of(architecture.family, name, levels, Counts())
             tokens = request.tokens_per_image(flow)
             side = request.width // 8 >> flow.level
             given = (

@@ -4,7 +4,8 @@ add in float64.
 Facts from the trainers' own code: kohya-ss/sd-scripts (networks/), KohakuBlueleaf/LyCORIS (wrapper.py,
 kohya.py), bghira/SimpleTuner, Nerogar/OneTrainer (modules/util/convert_lora_util.py, and its former
 modules/util/convert/lora), ostris/ai-toolkit (toolkit/network_mixins.py), XLabs-AI/x-flux, black-forest-labs'
-own LoRAs, huggingface/diffusers (loaders/lora_conversion_utils.py).
+own LoRAs, huggingface/diffusers (loaders/lora_conversion_utils.py), kohya-ss/musubi-tuner (networks/,
+convert_lora.py), modelscope/DiffSynth-Studio (examples/*/model_training).
 """
 
 from __future__ import annotations
@@ -182,6 +183,25 @@ LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
     "CLIP-G": CLIP_G_LAYOUTS,
     "T5": T5_LAYOUTS,
 }
+_SPLIT = {name: layout for name, layout in TRANSFORMER_LAYOUTS.items() if layout.paths != "fused"}
+NEO_TRANSFORMER_LAYOUTS: Mapping[str, Layout] = {
+    **{name: layout for name, layout in _SPLIT.items() if layout.paths != "omi"},
+    "musubi-tuner, Z-Image": Layout("diffusers", flat("lora_unet_"), "kohya"),
+    "ai-toolkit, for ComfyUI": Layout("diffusers", dotted("diffusion_model."), "PEFT"),
+    "DiffSynth": Layout("authors", dotted(""), "PEFT default"),
+    "DiffSynth, diffusers' names": Layout("diffusers", dotted(""), "PEFT default"),
+    "DiffSynth, whole names": Layout("authors", dotted("pipe.dit."), "PEFT default"),
+    "OneTrainer, original": Layout("authors", dotted("net."), "PEFT with alpha"),
+}
+"""What is said of one trainer or one model is true of the others' files as well: a name means one layer."""
+
+NEO_MODELS = (*("Flux 2", "Qwen-Image", "Wan", "Anima", "Krea 2", "Lumina 2", "Z-Image", "Ernie-Image"),)
+NEO_LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
+    **dict.fromkeys(NEO_MODELS, NEO_TRANSFORMER_LAYOUTS),
+    "Flux 2": {**NEO_TRANSFORMER_LAYOUTS, "OneTrainer, fused": TRANSFORMER_LAYOUTS["OneTrainer, fused"]},
+}
+ALL_LAYOUTS = {**LAYOUTS, **NEO_LAYOUTS}
+EVERY_OF_NEO = [(model, layout) for model, layouts in NEO_LAYOUTS.items() for layout in layouts]
 EVERY = [(model, layout) for model, layouts in LAYOUTS.items() for layout in layouts]
 
 
@@ -232,10 +252,11 @@ def layer(
         value = values(*shape)
         return {".w_norm": value}, value.double()
     if writer == "LoKr":
-        left, right = values(2, 2), values(shape[0] // 2, shape[1] // 2, *shape[2:])
+        rows, columns = (2 if size % 2 == 0 else 1 for size in shape[:2])
+        left, right = values(rows, columns), values(shape[0] // rows, shape[1] // columns, *shape[2:])
         tensors = {".lokr_w1": left, ".lokr_w2": right, ".alpha": torch.tensor(ALPHA)}
         kernel = (1,) * (len(shape) - 2)
-        return tensors, torch.kron(left.double().view(2, 2, *kernel), right.double())
+        return tensors, torch.kron(left.double().view(rows, columns, *kernel), right.double())
     up_ending, down_ending, has_alpha = ENDINGS[writer]
     up, down = values(shape[0], RANK, *(1 for _ in shape[2:])), values(RANK, *shape[1:])
     delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(shape)

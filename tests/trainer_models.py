@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
-from tests import trainer_names
+from tests import trainer_names, transformer_names
+from tests.trainer_files import NEO_MODELS
 from tests.trainer_names import Places
 
 HIDDEN, RATIO = 8, 4
+VALUES = {"Lumina 2": 4}
+"""Rows of a layer's keys, where several heads of queries share one."""
 
 CLIP = [
     f"text_model.encoder.layers.{layer}.{part}"
@@ -40,6 +43,8 @@ class Everything(Container[str]):
 
 def diffusers(model: str) -> Places:
     everything: Any = Everything()
+    if model in NEO_MODELS:
+        return transformer_names.diffusers(model, parameters(model), HIDDEN, VALUES.get(model, HIDDEN))
     return {
         "SD 1.5": lambda: trainer_names.unet(2, everything),
         "SDXL": lambda: trainer_names.unet(2, everything),
@@ -60,7 +65,20 @@ def parameters(model: str) -> list[str]:
     if model in ROOTS:
         roots = [ROOTS["CLIP-L"]] + [ROOTS["CLIP-G"]] * (model == "CLIP-G")
         return [f"{root}{module}.weight" for root in roots for module in CLIP]
+    if model in NEO_MODELS:
+        return list(transformer_names.parameters(model))
     return sorted({place.parameter for place in diffusers(model).values()})
+
+
+def shape_in(model: str) -> Callable[[str], tuple[int, ...]]:
+    """The shape of a parameter of this model."""
+
+    def shape(parameter: str) -> tuple[int, ...]:
+        if parameter.endswith("attention.qkv.weight"):
+            return HIDDEN + 2 * VALUES.get(model, HIDDEN), HIDDEN
+        return shape_of(parameter)
+
+    return shape
 
 
 def shape_of(parameter: str) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from lib_precision_lora.names.key_map import Shape, more_names
 def complete_key_map(
     names: Mapping[str, Any], parameters: Iterable[str], shape_of: Callable[[str], Shape]
 ) -> dict[str, Any]:
-    """A host's key map with the names that it lacks; those that it has stay, but one.
+    """A host's key map with the names that it lacks. Those that it has stay, but one, where they lead to rows
+    that there are.
 
     parameters: as in `named_parameters()` of the host's wrapper, `diffusion_model.…` or `clip_l.…`;
     shape_of: the logical shape of one of them, asked for fused weights alone. `text_encoder.text_projection`
     is CLIP-L's where there is one: hosts give it to CLIP-G, whose width is another.
     """
-    known = list(parameters)
-    complete = dict(names)
+    known = dict.fromkeys(parameters)
+    shape_of = cache(shape_of)
+    complete = {name: value for name, value in names.items() if _exists(Target.parse(value), known, shape_of)}
     for name, place in more_names(known, shape_of):
         target = Target(place.parameter, place.rows, swap_halves if place.swapped else None)
         complete.setdefault(name, target.name)
@@ -30,6 +33,14 @@ def complete_key_map(
     if projection in known:
         complete["text_encoder.text_projection"] = projection
     return complete
+
+
+def _exists(target: Target, known: Container[str], shape_of: Callable[[str], Shape]) -> bool:
+    """Whether there is such a parameter with these rows. Forge Neo gives Lumina 2's keys and values the rows
+    that Z-Image's have, and Flux's norms the name that they had."""
+    if target.parameter not in known:
+        return False
+    return target.rows is None or sum(target.rows) <= shape_of(target.parameter)[0]
 
 
 def swap_halves(rows: Tensor) -> Tensor:

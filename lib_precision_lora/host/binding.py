@@ -67,6 +67,7 @@ class Binding:
         )
         self.record = Record()
         self.following = Following(self.settings, self._models, self.progress, self.record, self.notices)
+        self.following.aside = self.host.put_aside
         self._positions: int | None = None
         budgeting = Budgeting(host, self.following.sessions, self.following.session, self.settings)
         self._planning = Planning(
@@ -143,7 +144,7 @@ class Binding:
 
         def aside(model: nn.Module) -> HostedSession:
             if model not in asides:
-                session = self.following.sessions.get(model) or HostedSession(model)
+                session = self.following.sessions.get(model) or HostedSession(model, self.host.put_aside)
                 asides[model] = session.aside(model, settings.arithmetic.stock_dora_norm)
             return asides[model]
 

@@ -103,6 +103,10 @@ class Host(ABC):
         chance."""
 
     @abstractmethod
+    def put_aside(self, model: nn.Module, name: str) -> Tensor | None:
+        """The checkpoint's own parameter of this name, where the host's merge stands in its place."""
+
+    @abstractmethod
     def parse(self, state_dict: Mapping[str, Tensor], names: Mapping[str, Any]) -> Any:
         """As `Parse`."""
 

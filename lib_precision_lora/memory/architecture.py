@@ -10,15 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lib_precision_lora.names.unet import DEEPEST_BLOCK
+from lib_precision_lora.names.models import ANIMA, ERNIE, FLUX2, KREA, LUMINA, QWEN, WAN, Z_IMAGE, model_of
 
 FlowKind = Literal["once", "text", "image", "joint", "positions", "vectors"]
-Family = Literal["UNet", "MMDiT", "Flux"]
+Family = Literal[
+    "UNet", "MMDiT", "Flux", "Flux 2", "Qwen-Image", "Wan", "Anima", "Krea 2", "NextDiT", "Ernie-Image"
+]
 LATENT = 8
 """Pixels of one latent position, each way."""
 
 PATCH = 2
-"""Latent positions of one token of a transformer, each way."""
+"""Latent positions of one token of a transformer, each way. Flux 2 and Ernie-Image have 16 pixels in a
+position, and a token in each: as many tokens."""
 
 
 class UnknownArchitectureError(ValueError):
@@ -28,7 +31,8 @@ class UnknownArchitectureError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Flow:
     """What flows through a layer, for each image: one vector (`once`: embeddings, modulation), the prompt's
-    tokens, the image's, both (`joint`), latent positions halved `level` times, or `count` vectors."""
+    tokens `count` times, the image's, both (`joint`), latent positions halved `level` times, or `count`
+    vectors."""
 
     kind: FlowKind
     level: int = 0
@@ -66,7 +70,7 @@ class Request:
         scale = 1 << flow.level
         return {
             "once": 1,
-            "text": self.text_tokens,
+            "text": self.text_tokens * flow.count,
             "image": image,
             "joint": image + self.text_tokens,
             "positions": -(-latent[0] // scale) * -(-latent[1] // scale),
@@ -84,10 +88,23 @@ SD35_LARGE = Architecture("SD 3.5 large", "MMDiT", guided=True, half=True, text_
 FLUX_DEV = Architecture("Flux dev", "Flux", guided=False, half=False, text_tokens=256)
 FLUX_SCHNELL = Architecture("Flux schnell", "Flux", guided=False, half=False, text_tokens=256)
 CHROMA = Architecture("Chroma", "Flux", guided=True, half=False, text_tokens=256)
+QWEN_IMAGE = Architecture(QWEN, "Qwen-Image", guided=False, half=False, text_tokens=256)
+FLUX_2 = Architecture(FLUX2, "Flux 2", guided=False, half=False, text_tokens=512)
+WAN_2 = Architecture(WAN, "Wan", guided=False, half=True, text_tokens=512)
+ANIMA_2B = Architecture(ANIMA, "Anima", guided=True, half=False, text_tokens=512)
+KREA_2 = Architecture(KREA, "Krea 2", guided=False, half=False, text_tokens=256)
+LUMINA_2 = Architecture(LUMINA, "NextDiT", guided=True, half=False, text_tokens=256)
+Z_IMAGE_6B = Architecture(Z_IMAGE, "NextDiT", guided=False, half=False, text_tokens=256)
+ERNIE_IMAGE = Architecture(ERNIE, "Ernie-Image", guided=False, half=False, text_tokens=256)
+"""Those of Forge Neo: guided as its presets are; the tokens of a prompt that it does not pad are a guess. Of
+Wan, whose images are frames, one frame is counted."""
+
 KNOWN = (
     *(SD15, SD2, SDXL, SDXL_REFINER, SD3_MEDIUM, SD35_MEDIUM, SD35_LARGE),
     *(FLUX_DEV, FLUX_SCHNELL, CHROMA),
+    *(QWEN_IMAGE, FLUX_2, WAN_2, ANIMA_2B, KREA_2, LUMINA_2, Z_IMAGE_6B, ERNIE_IMAGE),
 )
+_BY_NAME = {known.name: known for known in KNOWN}
 
 _BY_CONTEXT = {768: SD15, 1024: SD2, 1280: SDXL_REFINER, 2048: SDXL}
 _CROSS_KEYS = re.compile(r"input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight")
@@ -98,6 +115,9 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
     Raises `UnknownArchitectureError`.
     """
+    known = _BY_NAME.get(model_of(shapes) or "")
+    if known is not None:
+        return known
     if "double_blocks.0.img_attn.qkv.weight" in shapes:
         if any(name.startswith("distilled_guidance_layer.") for name in shapes):
             return CHROMA
@@ -119,33 +139,3 @@ def recognize(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         f"none of its {len(shapes)} tensors has a name by which a diffusion model is known "
         f"({', '.join(known.name for known in KNOWN)})"
     )
-
-
-def flow_of(family: Family, name: str, levels: Mapping[str, int], blocks: tuple[int, int] = (0, 0)) -> Flow:
-    """What flows through a layer of a diffusion model.
-
-    name: without `.weight`; levels: those of a UNet's blocks, by name; blocks: a Flux's numbers of double
-    and single blocks.
-    """
-    if family == "UNet":
-        return _unet_flow(name, levels)
-    if name.startswith("distilled_guidance_layer."):
-        return Flow("vectors", count=12 * blocks[0] + 3 * blocks[1] + 2)
-    parts = set(name.split("."))
-    if parts & {"img_mod", "txt_mod", "modulation", "adaLN_modulation"}:
-        return Flow("once")
-    if parts & {"time_in", "vector_in", "guidance_in", "t_embedder", "y_embedder"}:
-        return Flow("once")
-    if parts & {"txt_in", "txt_attn", "txt_mlp", "context_block", "context_embedder", "context_processor"}:
-        return Flow("text")
-    return Flow("joint" if "single_blocks" in parts else "image")
-
-
-def _unet_flow(name: str, levels: Mapping[str, int]) -> Flow:
-    if name.startswith(("time_embed.", "label_emb.")) or ".emb_layers." in name:
-        return Flow("once")
-    if name.endswith((".attn2.to_k", ".attn2.to_v")):
-        return Flow("text")
-    steps = name.split(".", DEEPEST_BLOCK)
-    owners = (".".join(steps[:depth]) for depth in range(min(len(steps), DEEPEST_BLOCK), 1, -1))
-    return Flow("positions", level=next((levels[owner] for owner in owners if owner in levels), 0))

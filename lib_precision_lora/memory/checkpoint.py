@@ -12,19 +12,23 @@ from lib_precision_lora.memory.architecture import (
     Architecture,
     Flow,
     UnknownArchitectureError,
-    flow_of,
     recognize,
 )
+from lib_precision_lora.memory.flows import TEXT, Counts, flow_of
 from lib_precision_lora.memory.headers import HeaderError, StoredTensor, read_header
 from lib_precision_lora.memory.held import Storage, check_choice, held_bytes, own_storage
 from lib_precision_lora.memory.packed_weights import logical_tensors
-from lib_precision_lora.names.text_encoders import HOSTS, host_parameters
+from lib_precision_lora.names.text_encoders import ADAPTER, ADAPTER_PATH, HOSTS, host_parameters
 from lib_precision_lora.names.unet import unet_blocks
 
 MODEL = "diffusion model"
 MODEL_PREFIX = "model.diffusion_model."
+MODEL_PREFIXES = (MODEL_PREFIX, "net.")
+"""How the names of a diffusion model's parameters begin: the hosts' way, and that of Cosmos and Anima."""
+
 COMPONENTS: Mapping[str, str] = {
-    MODEL_PREFIX: MODEL,
+    **{f"{prefix}{ADAPTER_PATH}": ADAPTER for prefix in MODEL_PREFIXES},
+    **dict.fromkeys(MODEL_PREFIXES, MODEL),
     "cond_stage_model.transformer.": "CLIP-L",
     "cond_stage_model.model.": "CLIP-H",
     "conditioner.embedders.0.transformer.": "CLIP-L",
@@ -44,8 +48,11 @@ UNUSED = "other"
 ATTRIBUTES = ("weight", "scale")
 """What a module calls its weight; norms of some models say scale."""
 
+READ_AROUND = ("modulation", "lin", "x_pad_token", "cap_pad_token", "emb_pos")
+"""Parameters that are read around the forward of their module: of Wan, Krea 2 and Z-Image."""
+
 _EMBEDDINGS = re.compile(r"(?:.*_)?(?:embeddings?|token_embedding|position_embedding|shared|embed_tokens|"
-                         r"relative_attention_bias|pos_embed|register)")  # fmt: skip
+                         r"relative_attention_bias|pos_embed|register|embed)")  # fmt: skip
 """Matrices that multiply nothing; the last word of their modules' names."""
 
 
@@ -66,6 +73,10 @@ class Layer:
     flow: Flow
     attribute: str = "weight"
     multiplies: bool = True
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
 
 
 @dataclass(frozen=True)
@@ -128,11 +139,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     header = read_header(path)
     parts: dict[str, dict[str, StoredTensor]] = {}
     tensors = logical_tensors(header)
-    bare = not any(name.startswith(MODEL_PREFIX) for name in tensors)
+    bare = not any(name.startswith(MODEL_PREFIXES) for name in tensors)
     for name, tensor in tensors.items():
-        prefix = MODEL_PREFIX if bare else next((known for known in COMPONENTS if name.startswith(known)), "")
+        whole = MODEL_PREFIX + name if bare else name
+        prefix = next((known for known in COMPONENTS if whole.startswith(known)), "")
         component = COMPONENTS.get(prefix, UNUSED)
-        parts.setdefault(component, {})[name.removeprefix(prefix)] = tensor
+        parts.setdefault(component, {})[whole.removeprefix(prefix)] = tensor
     model = parts.get(MODEL, {})
     try:
         architecture = recognize({name: tensor.shape for name, tensor in model.items()})
@@ -143,21 +155,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if name == MODEL:
             layers = tuple(_model_layers(architecture, found))
         else:
-            layers = tuple(_text_layers(name, found)) if name in HOSTS else ()
+            layers = tuple(_text_layers(name, found)) if name in (*HOSTS, ADAPTER) else ()
         components[name] = Component(name, header.layout, found, layers)
     return Checkpoint(path, header.nbytes, header.layout, architecture, components)
 
 
 def _model_layers(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> Iterator[Layer]:
     levels = {block.name: block.level for block in unet_blocks(tensors)}
-    numbers = [re.match(r"(double|single)_blocks\.(\d+)\.", name) for name in tensors]
-    doubles, singles = (
-        len({match[2] for match in numbers if match and match[1] == kind}) for kind in ("double", "single")
-    )
+    counts = Counts.of({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
         module, _, attribute = name.rpartition(".")
-        if attribute in ATTRIBUTES and tensor.shape:
-            flow = flow_of(architecture.family, module, levels, (doubles, singles))
+        if attribute in (*ATTRIBUTES, *READ_AROUND) and tensor.shape:
+            flow = flow_of(architecture.family, module, levels, counts)
             yield _layer(name, tensor, tensor.shape[0], flow)
 
 
@@ -167,7 +176,7 @@ def _text_layers(encoder: str, tensors: Mapping[str, StoredTensor]) -> Iterator[
         made = host_parameters(encoder, name)
         for parameter in made:
             if parameter.rpartition(".")[2] in ATTRIBUTES and tensor.shape:
-                yield _layer(parameter, tensor, tensor.shape[0] // len(made), Flow("text"))
+                yield _layer(parameter, tensor, tensor.shape[0] // len(made), TEXT)
 
 
 def _layer(parameter: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer:
@@ -175,5 +184,7 @@ def _layer(parameter: str, tensor: StoredTensor, rows: int, flow: Flow) -> Layer
     columns = tensor.shape[1] if len(tensor.shape) > 1 else 0
     module, _, attribute = parameter.rpartition(".")
     last = module.rpartition(".")[2]
-    multiplies = attribute == "weight" and columns > 0 and _EMBEDDINGS.fullmatch(last) is None
-    return Layer(module, rows, columns, tensor.shape[2:], tensor.stored, nbytes, flow, attribute, multiplies)
+    kernel = tensor.shape[2:]
+    embeds = not kernel and _EMBEDDINGS.fullmatch(last) is not None
+    multiplies = attribute == "weight" and columns > 0 and not embeds
+    return Layer(module, rows, columns, kernel, tensor.stored, nbytes, flow, attribute, multiplies)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lib_precision_lora.memory.checkpoint import MODEL, Checkpoint, Layer
-from lib_precision_lora.names.key_map import DENOISER, Rows, every_name
+from lib_precision_lora.names.key_map import Rows, every_name
 from lib_precision_lora.names.layouts import aliases, bare_name, text_encoder_path
-from lib_precision_lora.names.text_encoders import HOSTS
+from lib_precision_lora.names.models import DENOISER
+from lib_precision_lora.names.text_encoders import ADAPTER, ADAPTER_HOST, ADAPTER_PATH, HOSTS
 
-_ROOTS = {MODEL: DENOISER, **{encoder: f"{host}.transformer." for encoder, host in HOSTS.items()}}
+_ROOTS = {
+    MODEL: DENOISER,
+    ADAPTER: f"{ADAPTER_HOST}.{ADAPTER_PATH}",
+    **{encoder: f"{host}.transformer." for encoder, host in HOSTS.items()},
+}
 """A component → how a host's names of its parameters begin."""
 
 
@@ -28,7 +33,7 @@ class Places:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._owners = {
-            f"{_ROOTS[name]}{layer.name}.{layer.attribute}": (name, layer)
+            f"{_ROOTS[name]}{layer.parameter}": (name, layer)
             for name, component in checkpoint.components.items()
             if name in _ROOTS
             for layer in component.every_layer

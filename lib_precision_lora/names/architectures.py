@@ -10,17 +10,40 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lib_precision_lora.names.endings import module_of
 from lib_precision_lora.names.layouts import bare_name, text_encoder_path
+from lib_precision_lora.names.models import (
+    ANIMA,
+    ERNIE,
+    FLUX,
+    FLUX2,
+    KREA,
+    LUMINA,
+    QWEN,
+    SD3,
+    UNET,
+    WAN,
+    Z_IMAGE,
+)
 
-UNET, FLUX, SD3 = "SD 1.5 or SDXL", "Flux or Chroma", "SD 3"
 BUNDLED_EMBEDDING = "bundle_emb."
 """What bundled textual inversions are filed under; they are the WebUI's, not ours."""
+
+NEXT_DIT = "Lumina 2 or Z-Image"
 
 _MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
     (label, frozenset(members), re.compile(pattern))
     for label, members, pattern in (
-        ("Wan", {"Wan"}, r"blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
-        ("Wan", {"Wan"}, r"blocks_\d+_attn[12]_|condition_embedder_"),
+        (WAN, {WAN}, r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkvo]|[kv]_img|norm_[qk](?:_img)?)$|ffn_)"),
+        (WAN, {WAN}, r"blocks_\d+_(?:attn[12]_|modulation$|norm3$)|condition_embedder_|head_head$"),
+        (ANIMA, {ANIMA}, r"blocks_\d+_(?:(?:self|cross)_attn_|mlp_layer[12]$|adaln_modulation_)"),
+        (ANIMA, {ANIMA}, r"(?:text_conditioner|llm_adapter)_|transformer_blocks_\d+_norm[123]_linear_[12]$"),
+        (
+            KREA,
+            {KREA},
+            r"blocks_\d+_(?:attn_(?:w[qkvo]|gate|qknorm_.*)|mlp_(?:gate|up|down))$|txt(?:fusion|mlp)_",
+        ),
+        (KREA, {KREA}, r"transformer_blocks_\d+_(?:attn_to_gate|ff_(?:gate|up|down))$|text_fusion_"),
         (
             "Hunyuan Video",
             {"Hunyuan Video"},
@@ -28,34 +51,48 @@ _MODELS: tuple[tuple[str, frozenset[str], re.Pattern[str]], ...] = tuple(
             r"|txt_in_(?:individual_token_refiner|c_embedder|t_embedder)",
         ),
         (
-            "Hunyuan Video or Flux",
-            {"Hunyuan Video", FLUX},
+            "Hunyuan Video, Flux or Flux 2",
+            {"Hunyuan Video", FLUX, FLUX2},
             r"double_blocks_\d+_(?:img|txt)_attn_|single_blocks_\d+_linear[12]",
         ),
         (
-            "Flux 2",
-            {"Flux 2"},
-            r"(?:double|single)_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"
-            r"|(?:single_)?transformer_blocks_\d+_ff(?:_context)?_linear_(?:in|out)",
+            "Flux, Chroma or Flux 2",
+            {FLUX, FLUX2},
+            r"double_blocks_\d+_(?:img|txt)_mlp_|single_blocks_\d+_norm_|guidance_in_",
         ),
-        (FLUX, {FLUX}, r"(?:double|single)_blocks_\d+_|distilled_guidance_layer_|guidance_in_|vector_in_"),
+        (
+            FLUX2,
+            {FLUX2},
+            r"(?:double|single)_stream_modulation|single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)"
+            r"|(?:single_)?transformer_blocks_\d+_ff(?:_context)?_linear_(?:in|out)|time_guidance_embed_",
+        ),
+        (FLUX, {FLUX}, r"(?:double|single)_blocks_\d+_|distilled_guidance_layer_|vector_in_"),
         ("HiDream", {"HiDream"}, r"(?:double|single)_stream_blocks_\d+_"),
         ("AuraFlow", {"AuraFlow"}, r"joint_transformer_blocks_\d+_|(?:double|single)_layers_\d+_"),
         (SD3, {SD3}, r"joint_blocks_\d+_"),
-        ("Qwen-Image", {"Qwen-Image"}, r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_"),
+        (QWEN, {QWEN}, r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_"),
         (
             "Flux or Hunyuan Video, in diffusers' names",
-            {FLUX, "Hunyuan Video", "AuraFlow"},
+            {FLUX, FLUX2, "Hunyuan Video", "AuraFlow"},
             r"single_transformer_blocks_\d+_",
         ),
         (
             "SD 3, Flux or another transformer, in diffusers' names",
-            {SD3, FLUX, "Hunyuan Video", "Qwen-Image", "Flux 2"},
+            {SD3, FLUX, "Hunyuan Video", QWEN, FLUX2, KREA, ANIMA},
             r"transformer_blocks_\d+_(?:attn2?_|ff_|norm1_)",
         ),
-        ("PixArt or LTX-Video", {"PixArt or LTX-Video"}, r"transformer_blocks_\d+_attn1_"),
-        ("Lumina or Z-Image", {"Lumina or Z-Image"}, r"layers_\d+_(?:attention|feed_forward|adaLN)"),
-        ("Lumina or Z-Image", {"Lumina or Z-Image"}, r"(?:noise|context)_refiner_\d+_"),
+        (
+            "PixArt, LTX-Video or Anima, in diffusers' names",
+            {"PixArt or LTX-Video", ANIMA},
+            r"transformer_blocks_\d+_attn1_",
+        ),
+        (ERNIE, {ERNIE}, r"layers_\d+_(?:self_attention_|mlp_(?:\w+_proj|linear_fc2)$|adaLN_(?:sa|mlp)_ln$)"),
+        (LUMINA, {LUMINA}, r"(?:layers|\w+_refiner)_\d+_(?:attn_|feed_forward_linear_|adaLN_modulation_1$)"),
+        (LUMINA, {LUMINA}, r"(?:layers|\w+_refiner)_\d+_norm[12]_?|time_caption_embed_"),
+        (Z_IMAGE, {Z_IMAGE}, r"(?:layers|\w+_refiner)_\d+_(?:attention_(?:to|norm)_|adaLN_modulation_0$)"),
+        (Z_IMAGE, {Z_IMAGE}, r"all_(?:x_embedder|final_layer)_"),
+        (NEXT_DIT, {LUMINA, Z_IMAGE}, r"layers_\d+_(?:attention_|feed_forward_|attention_norm|ffn_norm)"),
+        (NEXT_DIT, {LUMINA, Z_IMAGE}, r"(?:noise|context)_refiner_\d+_|cap_embedder_"),
         ("AnimateDiff", {"AnimateDiff", UNET}, r".*motion_modules_"),
         (UNET, {UNET}, r"(?:input_blocks|output_blocks|down_blocks|up_blocks)_\d+_|(?:mid|middle)_block_"),
     )
@@ -142,26 +179,13 @@ def kind_of(key: str) -> Kind:
     for label, remedy, pattern in _OTHERS:
         if len(key) <= LONGEST_KEY and pattern.match(key):
             return Kind(label, remedy=remedy)
-    number, path = text_encoder_path(bare_name(key))
+    number, path = text_encoder_path(bare_name(module_of(key)))
     if number is not None:
         return Kind(_ENCODERS[number], text_encoder=number)
     for label, models, pattern in _MODELS:
         if pattern.match(path):
             return Kind(label, models)
     return UNKNOWN
-
-
-def model_of(parameters: Iterable[str]) -> str | None:
-    """Which architecture a model is, by the names of its parameters; None for one that is not known here."""
-    for parameter in parameters:
-        for architecture, blocks in (
-            (FLUX, "diffusion_model.double_blocks."),
-            (SD3, "diffusion_model.joint_blocks."),
-            (UNET, "diffusion_model.input_blocks."),
-        ):
-            if parameter.startswith(blocks):
-                return architecture
-    return None
 
 
 def by_kind(keys: Iterable[str]) -> Mapping[Kind, list[str]]:

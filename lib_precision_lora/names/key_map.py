@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from lib_precision_lora.names.mmdit import Part, joint_blocks, mmdit_parts
+from lib_precision_lora.names.mmdit import LINEAR1, Part, joint_blocks
+from lib_precision_lora.names.models import DENOISER, model_of
+from lib_precision_lora.names.text_encoders import language_model_names
+from lib_precision_lora.names.transformers import transformer_parts
 from lib_precision_lora.names.unet import diffusers_names, unet_blocks
 
 Shape = tuple[int, ...]
-
-DENOISER = "diffusion_model."
-"""How a host's names of the diffusion model's parameters begin."""
 
 CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("lora_te1_", "lora_te_"),
@@ -25,6 +25,9 @@ CLIP_PREFIXES: Mapping[str, tuple[str, ...]] = {
     "t5xxl": ("lora_te3_", "lora_te_"),
 }
 """The host's name of a text encoder → under which prefixes files know its modules."""
+
+_SCALED_NORMS = (".query_norm", ".key_norm")
+"""Norms whose weight Flux's authors, and control LoRAs, call a scale, whatever the host does."""
 
 _INPUT_LAYERS = ("img_in", "input_blocks.0.0")
 
@@ -66,7 +69,8 @@ def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) ->
     parameters: as in `named_parameters()` of the host's wrapper, `diffusion_model.…` or `clip_l.…`;
     shape_of: the logical shape of one of them, asked for fused weights alone.
     """
-    joint = joint_blocks(parameter.removeprefix(DENOISER) for parameter in parameters)
+    inside = [parameter.removeprefix(DENOISER) for parameter in parameters if parameter.startswith(DENOISER)]
+    model, joint = model_of(inside), joint_blocks(inside)
     clip_l = any(parameter.startswith("clip_l.") for parameter in parameters)
     for parameter in parameters:
         module, _, attribute = parameter.rpartition(".")
@@ -76,10 +80,15 @@ def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) ->
         if root == "diffusion_model":
             if attribute == "scale":
                 yield f"lora_unet_{_flat(path)}", Rows(parameter)
-            for part in mmdit_parts(path, joint):
+            elif path.endswith(_SCALED_NORMS):
+                yield f"{parameter.removesuffix(attribute)}scale", Rows(parameter)
+            for part in transformer_parts(model, path, joint):
                 rows = _rows(parameter, part, shape_of)
                 for name in part.names:
                     yield name, rows
+        elif root not in CLIP_PREFIXES:
+            for name in language_model_names(root, path):
+                yield name, Rows(parameter)
         elif root in CLIP_PREFIXES and path.startswith("transformer."):
             first = ("lora_te_",) if root == "clip_g" and not clip_l else ()
             for prefix in (*CLIP_PREFIXES[root], *first):
@@ -89,10 +98,12 @@ def more_names(parameters: Collection[str], shape_of: Callable[[str], Shape]) ->
 def _rows(parameter: str, part: Part, shape_of: Callable[[str], Shape]) -> Rows:
     if not part.of:
         return Rows(parameter, swapped=part.swapped)
-    shape = shape_of(parameter)
-    width = shape[0] // 3 if part.of == 3 else shape[1]
-    length = width if part.index < 3 else shape[0] - 3 * width
-    return Rows(parameter, (part.index * width, length), part.swapped)
+    rows, width = shape_of(parameter)[:2]
+    if part.of == len(LINEAR1):
+        lengths = [width, width, width, rows - 3 * width]
+    else:  # keys and values may be narrower than queries
+        lengths = [width, (rows - width) // 2, (rows - width) // 2]
+    return Rows(parameter, (sum(lengths[: part.index]), lengths[part.index]), part.swapped)
 
 
 def _flat(path: str) -> str:

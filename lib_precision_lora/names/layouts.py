@@ -15,14 +15,17 @@ from dataclasses import dataclass
 WRAPPER = "base_model.model."
 """Put into a module's name by PEFT's wrappers, before or after the prefix that says which model."""
 
-_WRAPPED = re.compile(r"(?:^module\.|\b_orig_mod\.|\b_fsdp_wrapped_module\.|\b_checkpoint_wrapped_module\.)")
-"""What torch's own wrappers of a module add to its name: the first at the beginning alone."""
+_WRAPPED = re.compile(
+    r"(?:^(?:module|pipe\.dit)\.|\b_orig_mod\.|\b_fsdp_wrapped_module\.|\b_checkpoint_wrapped_module\.)"
+)
+"""What torch's own wrappers of a module add to its name, and what DiffSynth has before it: the first two at
+the beginning alone."""
 
 HOMES = ("", "transformer.", "unet.", "diffusion_model.", "text_encoder.")
 """Put before a module's name by the pipelines that trainers save."""
 
 _DENOISER = re.compile(
-    r"(?:transformer|unet|diffusion_model|lycoris)\.|(?:lora_unet|lora_transformer|oft_unet|lycoris)_"
+    r"(?:transformer|unet|diffusion_model|lycoris|net)\.|(?:lora_unet|lora_transformer|oft_unet|lycoris)_"
 )
 _FLAT_DENOISERS = ("lora_unet_", "lora_transformer_", "lycoris_")
 

@@ -12,6 +12,12 @@ from collections.abc import Mapping
 HOSTS: Mapping[str, str] = {"CLIP-L": "clip_l", "CLIP-H": "clip_h", "CLIP-G": "clip_g", "T5": "t5xxl"}
 """A text encoder → the host's name of it."""
 
+ADAPTER, ADAPTER_PATH = "text adapter", "llm_adapter."
+"""What Anima's checkpoint holds beside its diffusion model, and a host keeps in the text encoder."""
+
+ADAPTER_HOST = "qwen3_06b"
+"""The host's name of the text encoder that has it."""
+
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)(weight|bias)")
 _RESBLOCK_PARTS: Mapping[str, tuple[str, ...]] = {
     "attn.in_proj_": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -30,11 +36,28 @@ _OPEN_CLIP: Mapping[str, str] = {
 }
 
 
+def language_model_names(root: str, path: str) -> tuple[str, ...]:
+    """What files call a module of a language model that is the text encoder, or of Anima's adapter in it.
+
+    root: the host's name of the text encoder; path: of the module inside. sd-scripts writes what stands below
+    `model`, ComfyUI puts `transformer` before it.
+    """
+    flat = path.replace(".", "_")
+    if path.startswith(ADAPTER_PATH):
+        inner = flat.removeprefix(ADAPTER_PATH.replace(".", "_"))
+        return f"lora_unet_{flat}", f"lora_te_{flat}", f"lora_unet_text_conditioner_{inner}"
+    inside = flat.removeprefix("model_")
+    prefixed = (f"{prefix}_{name}" for prefix in ("lora_te", "lora_te1") for name in (inside, flat))
+    return *prefixed, f"text_encoders.{root}.transformer.{path}"
+
+
 def host_parameters(encoder: str, name: str) -> tuple[str, ...]:
     """The host's parameters that are made of one of the checkpoint's: as many equal parts of its rows.
 
     encoder: one of `HOSTS`; name: without the checkpoint's prefix; the host's has no prefix either.
     """
+    if encoder == ADAPTER:
+        return (name,)
     if encoder == "T5":
         return (name.removeprefix("transformer."),)
     if name in _OPEN_CLIP:

@@ -12,8 +12,8 @@ from torch import Tensor
 from lib_precision_lora.adapters import LoRA, Target, read_adapters
 from lib_precision_lora.adapters.key_map import complete_key_map
 from tests.oracles import swap_halves
-from tests.trainer_files import EVERY, LAYOUTS, make_file
-from tests.trainer_models import CLIP, HIDDEN, ROOTS, diffusers, parameters, places_of, shape_of
+from tests.trainer_files import ALL_LAYOUTS, EVERY, EVERY_OF_NEO, make_file
+from tests.trainer_models import CLIP, HIDDEN, ROOTS, diffusers, parameters, places_of, shape_in, shape_of
 
 Whereabouts = tuple[str, tuple[int, int] | None, bool]
 """Parameter, rows, whether halves are swapped."""
@@ -68,11 +68,11 @@ def whereabouts(target: Target) -> Whereabouts:
     return target.parameter, target.rows, swapped
 
 
-@pytest.mark.parametrize(("model", "layout"), EVERY)
+@pytest.mark.parametrize(("model", "layout"), [*EVERY, *EVERY_OF_NEO])
 def test_every_name_finds_its_parameter_and_its_rows(model: str, layout: str) -> None:
-    form, known = LAYOUTS[model][layout], parameters(model)
-    shapes = {parameter: shape_of(parameter) for parameter in known}
-    key_map = complete_key_map(host_names(model, known), known, shape_of)
+    form, known, shape = ALL_LAYOUTS[model][layout], parameters(model), shape_in(model)
+    shapes = {parameter: shape(parameter) for parameter in known}
+    key_map = complete_key_map(host_names(model, known), known, shape)
     expected, actual = {}, {}
     for path, place in places_of(model, form.paths).items():
         state, _ = make_file(form, {path: place}, shapes)
@@ -95,10 +95,10 @@ def pair(out: int = 6) -> tuple[Tensor, Tensor]:
 def test_the_hosts_names_stay_but_for_the_projection_of_clip_l() -> None:
     """The host files CLIP-G's projection under CLIP-L's name; the two have different widths."""
     known = [f"{root}text_projection.weight" for root in (ROOTS["CLIP-L"], ROOTS["CLIP-G"])]
-    theirs = {"text_encoder.text_projection": known[1], "lora_te2_text_projection": "the host's"}
+    theirs = {"text_encoder.text_projection": known[1], "lora_te2_text_projection": known[0]}
     complete = complete_key_map(theirs, known, shape_of)
     assert complete["text_encoder.text_projection"] == known[0]
-    assert complete["lora_te2_text_projection"] == "the host's"
+    assert complete["lora_te2_text_projection"] == known[0]
     assert theirs["text_encoder.text_projection"] == known[1], "the host's own map stays as it is"
     assert complete_key_map(theirs, known[1:], shape_of)["text_encoder.text_projection"] == known[1]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_precision_lora.storage import stored_weight
-from tests.forge.tiny_models import values
+from tests.tiny import values
 
 RANK = 4
 RATIO = 0.02

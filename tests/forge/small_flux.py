@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import FLUX_SIZES, Run, Tiny, diffusion, random_state, values
+from tests.forge.tiny_models import FLUX_SIZES, diffusion
+from tests.tiny import Run, Tiny, random_state, values
 
 SIZES = {
     **FLUX_SIZES,

@@ -19,8 +19,9 @@ from lib_precision_lora.host.loras.matching import KeyMap, match_file
 from tests.forge import small_flux
 from tests.forge.control_lora import CONTROL, RANK, make_file, merge, sample
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import UNET_SIZES, Tiny, unet, values
-from tests.forge.traces import bytes_of, hooks_of
+from tests.forge.tiny_models import UNET_SIZES, unet
+from tests.tiny import Tiny, values
+from tests.traces import bytes_of, hooks_of
 
 LARGEST_ERROR = 5e-5
 """Measured: at most 8.4e-6, the noise of fp32."""

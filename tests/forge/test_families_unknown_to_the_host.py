@@ -18,7 +18,8 @@ from lib_precision_lora.host.loras.matching import key_map_of, match_file
 from tests.families import Family, family
 from tests.forge import small_flux
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import TINY_MODELS, Run, Tiny
+from tests.forge.tiny_models import TINY_MODELS
+from tests.tiny import Run, Tiny
 
 FAMILIES = ("oft", "oft-constraint", "boft", "boft-rescale", "ia3-out", "ia3-in", "ia3-peft-out")
 LARGEST_ERROR = 1e-4

@@ -19,11 +19,12 @@ from lib_precision_lora.branch.session.fitted import FittedAdapters
 from lib_precision_lora.branch.session.patch import Patch
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.matching import FileMatch, KeyMap, key_map_of, match_file
-from lib_precision_lora.names.architectures import FLUX, SD3, UNET, model_of
+from lib_precision_lora.names.models import FLUX, SD3, UNET, model_of
 from tests import trainer_names
 from tests.forge import small_flux
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import TINY_MODELS, Tiny
+from tests.forge.tiny_models import TINY_MODELS
+from tests.tiny import Tiny
 from tests.trainer_files import EVERY, LAYOUTS, make_file
 from tests.trainer_names import Places
 

@@ -11,8 +11,8 @@ from lib_precision_lora.adapters import Target
 from lib_precision_lora.adapters.lora import LoRA, make_lora
 from lib_precision_lora.branch import Patch, PatchSession
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import values
-from tests.forge.traces import hooks_of, kept_objects, parameters_of
+from tests.tiny import values
+from tests.traces import hooks_of, kept_objects, parameters_of
 
 STATE: Mapping[str, Tensor] = {"weight": values(64, 128) / 11, "bias": values(64)}
 LORA: LoRA = make_lora("test", values(64, 4), values(4, 128) / 100)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib_precision_lora.memory.architecture import Request, flow_of
+from lib_precision_lora.memory.architecture import Request
 from lib_precision_lora.memory.checkpoint import read_checkpoint
+from lib_precision_lora.memory.flows import Counts, flow_of
 from lib_precision_lora.memory.naming import Places
 from lib_precision_lora.names.unet import unet_blocks
 from tests.forge import tiny_models
@@ -123,9 +124,7 @@ def test_every_layer_of_the_host_sees_the_tokens_that_are_planned(
         tiny.run(tiny.model)
     names = [name for name, _ in model.named_parameters()]
     levels = {block.name: block.level for block in unet_blocks(names)}
-    counts = tuple(
-        len({n.split(".")[1] for n in names if n.startswith(kind)}) for kind in ("double", "single")
-    )
+    counts = Counts.of({name: tuple(value.shape) for name, value in model.named_parameters()})
     planned = {name: request_.tokens(flow_of(family, name, levels, counts)) for name in seen}
     assert len(seen) > 15
     assert planned == seen

@@ -10,8 +10,8 @@ from torch.nn.functional import conv2d
 from lib_precision_lora.branch import PatchSession
 from tests.families import INPUT_ROTATIONS, family
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import values
 from tests.oracles import Step, merge
+from tests.tiny import values
 
 SHAPE = (16, 8, 3, 3)
 

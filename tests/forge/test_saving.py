@@ -20,9 +20,9 @@ from tests.forge import small_flux
 from tests.forge.lora_files import KOHYA, make_file
 from tests.forge.real_forge import Forge
 from tests.forge.test_small_flux import error_of, patcher_of, placed_output, read_as_we_do
-from tests.forge.tiny_models import Tiny
-from tests.forge.traces import bytes_of
 from tests.host.observers import log_lines
+from tests.tiny import Tiny
+from tests.traces import bytes_of
 
 ERRORS = {"FP8": (0.3, 1.3), "FP8 scaled": (0.3, 1.3), "NF4": (0.3, 1.3)}
 """Measured: 0.98, 0.96 and 1.08."""

@@ -20,8 +20,8 @@ from lib_precision_lora.host.loras.matching import KeyMap, match_file
 from tests.forge import small_flux
 from tests.forge.lora_files import DIFFUSERS, KOHYA, LAYOUTS, make_file, merge
 from tests.forge.real_forge import Forge
-from tests.forge.tiny_models import Tiny
-from tests.forge.traces import attributes_of, bytes_of, hooks_of, kept_objects, parameters_of
+from tests.tiny import Tiny
+from tests.traces import attributes_of, bytes_of, hooks_of, kept_objects, parameters_of
 
 LARGEST_ERROR = 5e-4
 """Measured: 4e-5 in every format, which is the noise of fp32 under an effect of 1 to 2 % of the output."""

@@ -10,8 +10,8 @@ from lib_precision_lora.memory.checkpoint import MODEL, read_checkpoint
 from lib_precision_lora.memory.lora_header import LoraHeader, read_lora_header
 from lib_precision_lora.memory.naming import Places
 from tests.memory.checkpoints import write_hole
-from tests.trainer_files import EVERY, LAYOUTS, make_file
-from tests.trainer_models import HIDDEN, ROOTS, parameters, places_of, shape_of
+from tests.trainer_files import ALL_LAYOUTS, EVERY, EVERY_OF_NEO, make_file
+from tests.trainer_models import HIDDEN, ROOTS, parameters, places_of, shape_in
 
 ENCODERS = {"CLIP-L": "CLIP-L", "CLIP-G": "CLIP-G", "T5": "T5"}
 CONTEXT = {"SD 1.5": 768, "SDXL": 2048}
@@ -20,7 +20,7 @@ CONTEXT = {"SD 1.5": 768, "SDXL": 2048}
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape, in the host's names; the prompt's layers of a UNet have their true width."""
-    shapes = {parameter: shape_of(parameter) for parameter in parameters(model)}
+    shapes = {parameter: shape_in(model)(parameter) for parameter in parameters(model)}
     for parameter in shapes:
         if parameter.endswith("attn2.to_k.weight"):
             shapes[parameter] = HIDDEN, CONTEXT.get(model, HIDDEN)
@@ -44,9 +44,9 @@ def read_lora(path: Path, tensors: dict[str, tuple[int, ...]], places: Places) -
     return read_lora_header(file, places)
 
 
-@pytest.mark.parametrize(("model", "layout"), EVERY)
+@pytest.mark.parametrize(("model", "layout"), [*EVERY, *EVERY_OF_NEO])
 def test_every_name_finds_its_layer_and_its_rows(model: str, layout: str, tmp_path: Path) -> None:
-    form, shapes, places = LAYOUTS[model][layout], shapes_of(model), places_in(model, tmp_path)
+    form, shapes, places = ALL_LAYOUTS[model][layout], shapes_of(model), places_in(model, tmp_path)
     root = ROOTS.get(model, "diffusion_model.")
     expected, actual = {}, {}
     for path, place in places_of(model, form.paths).items():

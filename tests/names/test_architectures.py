@@ -6,35 +6,42 @@ from collections.abc import Mapping
 
 import pytest
 
-from lib_precision_lora.names.architectures import (
+from lib_precision_lora.names.architectures import describe_leftover, foreign, kind_of, unreadable
+from lib_precision_lora.names.models import (
+    ANIMA,
+    ERNIE,
     FLUX,
+    FLUX2,
+    KREA,
+    LUMINA,
+    QWEN,
     SD3,
     UNET,
-    describe_leftover,
-    foreign,
-    kind_of,
+    WAN,
+    Z_IMAGE,
     model_of,
-    unreadable,
 )
+from tests.trainer_files import EVERY_OF_NEO, NEO_LAYOUTS, make_file
+from tests.trainer_models import parameters, places_of, shape_in
 
 KEYS: Mapping[str, tuple[str, str | None]] = {
     "lora_unet_down_blocks_0_attentions_0_proj_in.alpha": ("SD 1.5 or SDXL", UNET),
     "unet.mid_block.attentions.0.proj_in.lora_A.weight": ("SD 1.5 or SDXL", UNET),
     "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": ("SD 1.5 or SDXL", UNET),
-    "lora_unet_double_blocks_3_img_mlp_0.lora_up.weight": ("Flux or Chroma", FLUX),
+    "lora_unet_double_blocks_3_img_mlp_0.lora_up.weight": ("Flux, Chroma or Flux 2", FLUX),
     "double_blocks.3.processor.qkv_lora1.down.weight": ("Flux or Chroma", FLUX),
-    "lora_unet_single_blocks_3_linear1.lora_up.weight": ("Hunyuan Video or Flux", FLUX),
+    "lora_unet_single_blocks_3_linear1.lora_up.weight": ("Hunyuan Video, Flux or Flux 2", FLUX),
     "transformer.single_transformer_blocks.3.proj_out.lora_A.weight": ("Flux or Hunyuan", FLUX),
     "base_model.model.transformer_blocks.3.attn.to_q.lora_A.default.weight": ("SD 3, Flux", SD3),
     "lora_unet_joint_blocks_3_x_block_attn_qkv.lora_up.weight": ("SD 3", SD3),
     "lora_unet_distilled_guidance_layer_in_proj.lora_up.weight": ("Flux or Chroma", FLUX),
-    "diffusion_model.blocks.3.self_attn.q.lora_A.weight": ("Wan", None),
-    "lora_unet_blocks_3_ffn_0.lora_down.weight": ("Wan", None),
+    "diffusion_model.blocks.3.self_attn.q.lora_A.weight": ("Wan", WAN),
+    "lora_unet_blocks_3_ffn_0.lora_down.weight": ("Wan", WAN),
     "lora_unet_double_blocks_3_img_mlp_fc1.lora_down.weight": ("Hunyuan Video", None),
     "lora_unet_single_blocks_3_modulation_linear.lora_down.weight": ("Hunyuan Video", None),
-    "transformer.transformer_blocks.3.img_mlp.net.2.lora_A.weight": ("Qwen-Image", None),
-    "transformer.transformer_blocks.3.attn1.to_q.lora_A.weight": ("PixArt or LTX-Video", None),
-    "diffusion_model.layers.3.attention.qkv.lora_A.weight": ("Lumina or Z-Image", None),
+    "transformer.transformer_blocks.3.img_mlp.net.2.lora_A.weight": ("Qwen-Image", QWEN),
+    "transformer.transformer_blocks.3.attn1.to_q.lora_A.weight": ("PixArt, LTX-Video or Anima", ANIMA),
+    "diffusion_model.layers.3.attention.qkv.lora_A.weight": ("Lumina 2 or Z-Image", LUMINA),
     "diffusion_model.double_stream_blocks.3.block.ff.lora_A.weight": ("HiDream", None),
     "lora_prior_unet_down_blocks_0_1.lora_up.weight": ("Stable Cascade", None),
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": ("text encoder CLIP-L", None),
@@ -46,6 +53,16 @@ KEYS: Mapping[str, tuple[str, str | None]] = {
     "emb_params": ("textual inversions", None),
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.oft_R.weight": ("SD 1.5 or SDXL", UNET),
     "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0": ("kohya's OFT for Flux", None),
+    "lora_unet_blocks_3_cross_attn_k_img.lora_down.weight": ("Wan", WAN),
+    "lora_unet_blocks_3_self_attn_q_proj.lora_down.weight": ("Anima", ANIMA),
+    "diffusion_model.llm_adapter.blocks.0.mlp.0.lora_A.weight": ("Anima", ANIMA),
+    "diffusion_model.blocks.3.attn.wq.lora_A.weight": ("Krea 2", KREA),
+    "transformer.transformer_blocks.3.ff.gate.lora_A.weight": ("Krea 2", KREA),
+    "lora_unet_layers_3_attention_to_q.lora_down.weight": ("Z-Image", Z_IMAGE),
+    "transformer.layers.3.attn.to_q.lora_A.weight": ("Lumina 2", LUMINA),
+    "diffusion_model.layers.3.self_attention.to_q.lora_A.weight": ("Ernie-Image", ERNIE),
+    "diffusion_model.double_stream_modulation_img.lin.lora_A.weight": ("Flux 2", FLUX2),
+    "lora_unet_double_blocks_3_img_mod_lin.lora_down.weight": ("Flux or Chroma", FLUX),
     "something.else": ("no layout", None),
 }
 """A key → what it is called, and the model among ours of which it speaks."""
@@ -66,6 +83,15 @@ def test_no_models_own_names_are_foreign_to_it(model: str) -> None:
     assert foreign(own, model) == ((), "")
 
 
+@pytest.mark.parametrize(("model", "layout"), EVERY_OF_NEO)
+def test_no_file_of_one_of_neos_models_is_foreign_to_it(model: str, layout: str) -> None:
+    form, known, shape = NEO_LAYOUTS[model][layout], parameters(model), shape_in(model)
+    state, _ = make_file(form, places_of(model, form.paths), {name: shape(name) for name in known})
+    assert foreign(state, model_of(known)) == ((), "")
+    assert model_of(known) == model
+    assert foreign(state, UNET)[0], "and it is to another"
+
+
 def test_keys_of_another_model_are_named_by_what_they_have_in_common() -> None:
     flux = [key for key, (_, model) in KEYS.items() if model == FLUX]
     assert foreign([*flux, "something.else", "emb_params"], UNET) == (tuple(flux), "Flux or Chroma")
@@ -75,7 +101,7 @@ def test_keys_of_another_model_are_named_by_what_they_have_in_common() -> None:
 
 
 def test_nothing_is_foreign_to_a_model_that_is_not_known() -> None:
-    assert model_of(["diffusion_model.blocks.0.attn.weight", "clip_l.transformer.x"]) is None
+    assert model_of(["diffusion_model.unknown.0.attn.weight", "clip_l.transformer.x"]) is None
     assert foreign(KEYS, None) == ((), "")
 
 

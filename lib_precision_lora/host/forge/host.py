@@ -61,6 +61,11 @@ class ForgeHost(Host):
             if loaded.model.model is model:
                 self.memory.unload_model_clones(loaded.model)
 
+    def put_aside(self, model: nn.Module, name: str) -> Tensor | None:
+        loader = getattr(model, "lora_loader", None)
+        backup: Mapping[str, Tensor] = getattr(loader, "backup", {})
+        return backup.get(name)
+
     def parse(self, state_dict: Mapping[str, Tensor], names: Mapping[str, Any]) -> Any:
         return self.lora.load_lora(dict(state_dict), names)
 

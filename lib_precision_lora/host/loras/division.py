@@ -23,7 +23,7 @@ from lib_precision_lora.adapters import (
 from lib_precision_lora.branch import Patch, PatchError
 from lib_precision_lora.branch.forward.shadow import has_dense_stand_in
 from lib_precision_lora.branch.session.sites import Site, find_site
-from lib_precision_lora.host.loras.matching import shape_at, shape_of_rows
+from lib_precision_lora.host.loras.matching import PutAside, nothing_aside, shape_at, shape_of_rows
 from lib_precision_lora.storage import StorageError, stored_weight
 
 logger = logging.getLogger("lib_precision_lora")
@@ -39,10 +39,11 @@ class Division:
     """A parameter all of whose patches are understood is ours; any other goes the host's own way, whole.
 
     What is made of a patch is kept for as long as it is among those that are divided. stock_dora_norm:
-    whether a DoRA's norm is that of the base alone.
+    whether a DoRA's norm is that of the base alone; aside: what the host has put aside of the model.
     """
 
-    def __init__(self, stock_dora_norm: bool = False) -> None:
+    def __init__(self, stock_dora_norm: bool = False, aside: PutAside = nothing_aside) -> None:
+        self._aside = aside
         self.stock_dora_norm = stock_dora_norm
         self._made: dict[int, tuple[Any, Adapter | None]] = {}
 
@@ -64,7 +65,7 @@ class Division:
                 for entry in stack:
                     adapters[id(entry[1])] = entry[1], self._adapter(name, entry[1])
         self._made = adapters
-        layer = functools.cache(functools.partial(_layer, model))
+        layer = functools.cache(functools.partial(_layer, self._aside, model))
         foreign = {
             name
             for patches in host_patches.values()
@@ -138,11 +139,11 @@ Layer = tuple[Site, tuple[int, ...]]
 """A parameter's place, and its shape."""
 
 
-def _layer(model: nn.Module, name: str) -> Layer | None:
+def _layer(aside: PutAside, model: nn.Module, name: str) -> Layer | None:
     """None where the model has no such parameter, or one of a format that is not understood."""
     try:
         site = find_site(model, name)
-        return site, shape_at(model, site, name)
+        return site, shape_at(model, site, name, aside)
     except (AdapterError, StorageError, AttributeError, AssertionError):
         return None
 

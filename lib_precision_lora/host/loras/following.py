@@ -20,6 +20,7 @@ from lib_precision_lora.host.interface import Merge
 from lib_precision_lora.host.loras.attempts import Attempts
 from lib_precision_lora.host.loras.division import HostPatches, only, source_of, strengths_of
 from lib_precision_lora.host.loras.hosted import AttachInterrupted, HostedSession, StillMerged
+from lib_precision_lora.host.loras.matching import PutAside, nothing_aside
 from lib_precision_lora.host.page.settings import Arithmetic, Settings
 
 logger = logging.getLogger("lib_precision_lora")
@@ -32,7 +33,7 @@ class Following:
     incomplete: how often conditioning was computed while a text encoder lacked something.
 
     elsewhere: given a model and the checkpoint's models, the sources that have failed in another of them;
-    no_room: those that do not fit on the card; watch: told of each new session.
+    no_room: those that do not fit on the card; watch: told of each new session; aside: as `Host.put_aside`.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Following:
         )
         self.no_room: Callable[[nn.Module], Sources] = lambda model: frozenset()
         self.watch: Callable[[nn.Module, HostedSession], None] = lambda model, session: None
+        self.aside: PutAside = nothing_aside
         self._settings, self._checkpoint = settings, checkpoint
         self._progress, self._record, self._notices = progress, record, notices
 
     def session(self, model: nn.Module) -> HostedSession:
         """That of a model, made where missing."""
         if model not in self.sessions:
-            self.sessions[model] = HostedSession(model)
+            self.sessions[model] = HostedSession(model, self.aside)
             self.watch(model, self.sessions[model])
         return self.sessions[model]
 

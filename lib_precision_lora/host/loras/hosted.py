@@ -26,6 +26,7 @@ from lib_precision_lora.branch.session.sites import Site
 from lib_precision_lora.host.generation.progress import Interrupted
 from lib_precision_lora.host.loras.blame import blamed, problem_of
 from lib_precision_lora.host.loras.division import Division, HostPatches, flat, only, source_of, unreadable
+from lib_precision_lora.host.loras.matching import PutAside, nothing_aside
 from lib_precision_lora.host.loras.planned_strengths import at_planned_strength
 from lib_precision_lora.host.page.settings import Arithmetic
 from lib_precision_lora.memory.allocator import allocated_bytes
@@ -55,14 +56,16 @@ class HostedSession:
     """Keeps one model's branches equal to what the host's patch dictionary says.
 
     A parameter all of whose patches are understood is ours; any other goes the host's own way, whole.
-    host_layers: source → how many of its parameters that are.
+    aside: what the host has put aside of the model; host_layers: source → how many of its parameters go the
+    host's own way.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, aside: PutAside = nothing_aside) -> None:
+        self._aside = aside
         self._session = PatchSession(model, timed="diffusion_model")
         self._signature: object = None
         self._values: list[Any] = []
-        self._division = Division()
+        self._division = Division(aside=aside)
         self._theirs: object = None
         self.host_layers: dict[str, int] = {}
         self._problems: list[PatchError] = []
@@ -74,9 +77,9 @@ class HostedSession:
     def aside(self, model: nn.Module, stock_dora_norm: bool) -> HostedSession:
         """One for the `footprints` of patches that are not to be attached: it sees what stands in the model,
         and keeps what it makes to itself."""
-        other = HostedSession(model)
+        other = HostedSession(model, self._aside)
         other._session, other._fitted = self._session, FittedAdapters()
-        other._division = Division(stock_dora_norm)
+        other._division = Division(stock_dora_norm, self._aside)
         return other
 
     def follow(

@@ -226,7 +226,7 @@ class NetworkLoader:
         """The host's names for a model's parameters, made in a dictionary of its own: the host's default
         one is shared by all models and would carry names from one to the next."""
         if model not in self._key_maps:
-            self._key_maps[model] = key_map_of(weakref.proxy(model), make(model, {}))
+            self._key_maps[model] = key_map_of(weakref.proxy(model), make(model, {}), self._host.put_aside)
         return self._key_maps[model]
 
 

@@ -24,8 +24,9 @@ from lib_precision_lora.adapters.key_map import complete_key_map
 from lib_precision_lora.branch.session.sites import Site, find_parameter, find_site
 from lib_precision_lora.host.loras.files import FileProblem
 from lib_precision_lora.host.loras.mismatch import why_nothing_matches
-from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of, model_of
+from lib_precision_lora.names.architectures import BUNDLED_EMBEDDING, foreign, kind_of
 from lib_precision_lora.names.key_map import is_input_layer
+from lib_precision_lora.names.models import model_of
 from lib_precision_lora.storage import StorageError, stored_weight
 from lib_precision_lora.ticks import Tick, untold
 
@@ -35,22 +36,36 @@ ENCODER_NUMBERS = {"clip_l": 1, "clip_h": 1, "clip_g": 2, "t5xxl": 3}
 """The host's names of text encoders → their numbers in files."""
 
 
+PutAside = Callable[[nn.Module, str], Tensor | None]
+"""As `Host.put_aside`: a patch of another extension may have made what is present wider."""
+
+
+def nothing_aside(model: nn.Module, name: str) -> Tensor | None:
+    """Of a model into which nothing was merged."""
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyMap:
-    """One model and the names under which LoRA files know its parameters."""
+    """One model and the names under which LoRA files know its parameters.
+
+    architecture: which model it is, where that is known; aside: what the host has put aside of it.
+    """
 
     model: nn.Module
     names: Mapping[str, Any]
+    architecture: str | None = None
+    aside: PutAside = nothing_aside
 
 
-def key_map_of(model: nn.Module, names: Mapping[str, Any]) -> KeyMap:
-    """The host's names of a model, completed with those that it lacks."""
+def key_map_of(model: nn.Module, names: Mapping[str, Any], aside: PutAside = nothing_aside) -> KeyMap:
+    """The host's names of a model, completed with those that it lacks; aside: as of `KeyMap`."""
 
     def shape_of(parameter: str) -> tuple[int, ...]:
-        return target_shape(model, Target(parameter))
+        return target_shape(model, Target(parameter), aside)
 
     parameters = [name for name, _ in model.named_parameters()]
-    return KeyMap(model, complete_key_map(names, parameters, shape_of))
+    return KeyMap(model, complete_key_map(names, parameters, shape_of), model_of(parameters), aside)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +123,7 @@ def match_file(
             for key, adapter in file.items():
                 target = Target.parse(key)
                 try:
-                    patch = patch_of(keys.model, target, adapter)
+                    patch = patch_of(keys, target, adapter)
                 except AdapterError as error:
                     misfit = misfit or str(error)
                     continue
@@ -142,14 +157,13 @@ def match_file(
     present = encoders_of(text_encoder)
     without_encoder = tuple(key for key in rest if (kind_of(key).text_encoder or 0) not in (0, *present))
     unmatched = tuple(key for key in rest if key not in without_encoder)
-    model = model_of(Target.parse(value).parameter for value in unet.names.values())
-    require_one_model(model, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
+    require_one_model(unet.architecture, unmatched, len(state_dict), in_part=bool(patches[0]) and not misfit)
     if misfit:
         raise FileProblem(f"it cannot be applied: {misfit}")
     if not any(patches):
         names = [keys.names for keys in (unet, text_encoder) if keys is not None]
         loaded = type(getattr(unet.model, "diffusion_model", unet.model)).__name__
-        raise FileProblem(why_nothing_matches(state_dict.keys(), names, layout, loaded, model))
+        raise FileProblem(why_nothing_matches(state_dict.keys(), names, layout, loaded, unet.architecture))
     unmatched += tuple(f"{parameter} (no such parameter)" for parameter in absent)
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
     return FileMatch(
@@ -199,16 +213,16 @@ def require_one_model(model: str | None, unmatched: tuple[str, ...], tensors: in
     raise FileProblem(f"it was made for another model: {share}, and the model that is loaded is {model}")
 
 
-def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch | None:
-    """The adapter as a patch of this model, None where the model has no such parameter.
+def patch_of(keys: KeyMap, target: Target, adapter: Adapter) -> ForgePatch | None:
+    """The adapter as a patch of this map's model, None where the model has no such parameter.
 
     Raises `AdapterError` where the adapter does not fit it.
     """
-    parameter = find_parameter(model, target.parameter)
+    parameter = find_parameter(keys.model, target.parameter)
     if parameter is None:
         return None
     try:
-        shape = target_shape(model, target)
+        shape = target_shape(keys.model, target, keys.aside)
         widens = is_input_layer(parameter) and channels_of(adapter, shape) != shape[1]
         if not widens:
             adapter.check(shape)
@@ -217,17 +231,19 @@ def patch_of(model: nn.Module, target: Target, adapter: Adapter) -> ForgePatch |
     return to_forge_patch(adapter, widens)
 
 
-def target_shape(model: nn.Module, target: Target) -> tuple[int, ...]:
+def target_shape(model: nn.Module, target: Target, aside: PutAside) -> tuple[int, ...]:
     """The shape of the weight that a target concerns: its rows, and all trailing dimensions.
 
     Raises `AdapterError` for rows that the weight does not have, `StorageError` for an unknown format.
     """
-    return shape_of_rows(shape_at(model, find_site(model, target.parameter), target.parameter), target)
+    site = find_site(model, target.parameter)
+    return shape_of_rows(shape_at(model, site, target.parameter, aside), target)
 
 
-def shape_at(model: nn.Module, site: Site, name: str) -> tuple[int, ...]:
-    """The shape of the weight at a site, of a parameter of this name. Raises `StorageError`."""
-    return stored_weight(own_parameter(model, name, site.parameter), site.module).shape
+def shape_at(model: nn.Module, site: Site, name: str, aside: PutAside) -> tuple[int, ...]:
+    """The shape of the checkpoint's weight at a site, of a parameter of this name. Raises `StorageError`."""
+    own = aside(model, name)
+    return stored_weight(site.parameter if own is None else own, site.module).shape
 
 
 def shape_of_rows(shape: tuple[int, ...], target: Target) -> tuple[int, ...]:
@@ -238,13 +254,6 @@ def shape_of_rows(shape: tuple[int, ...], target: Target) -> tuple[int, ...]:
     if start + length > shape[0]:
         raise AdapterError(f"rows {start} to {start + length} of a weight that has {shape[0]}")
     return (length, *shape[1:])
-
-
-def own_parameter(model: nn.Module, name: str, present: Tensor) -> Tensor:
-    """The checkpoint's parameter, which the host has put aside where its own merge is present: a patch of
-    another extension may have made that one wider."""
-    loader = getattr(model, "lora_loader", None)
-    return getattr(loader, "backup", {}).get(name, present)
 
 
 def host_key(target: Target) -> Any:

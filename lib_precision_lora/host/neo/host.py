@@ -69,6 +69,16 @@ class NeoHost(Host):
         """Its weights were never ours to restore."""
         self._patches.pop(model, None)
 
+    def put_aside(self, model: nn.Module, name: str) -> Tensor | None:
+        """A model may be given by a proxy, which is equal to it and not the same."""
+        for loaded in self.memory.current_loaded_models:
+            patcher = loaded.model
+            backup = getattr(patcher, "backup", {})
+            if name in backup and patcher.model == model:
+                weight: Tensor = backup[name].weight
+                return weight
+        return None
+
     def parse(self, state_dict: Mapping[str, Tensor], names: Mapping[str, Any]) -> Any:
         """Nothing: what we do not read could only be merged, which is what this extension is there to
         avoid."""
