@@ -1,4 +1,4 @@
-"""A plain stack on a card: two products, and little between them (`plain_form`).
+"""A plain stack: two products, and little between them (`plain_form`).
 
 hidden = x · downᵀ
 parts  = hidden · scale
@@ -48,7 +48,8 @@ class PlainStack:
     """The low-rank terms of one module on one device, ready for activations of one type.
 
     down: [parts · rank, inputs]; scale: [rank] fp32; factor: of all; signs: of the two parts of
-    hidden, [2], None where it is one; exponents: the powers of two moved out of each rank's factors.
+    hidden, [2], None where it is one, or comes in parts; exponents: the powers of two moved out of each
+    rank's factors; even: every scale is 1, so that there is nothing to multiply.
     """
 
     form: PlainForm
@@ -58,6 +59,7 @@ class PlainStack:
     ranges: tuple[PlainRange, ...]
     signs: Tensor | None
     exponents: tuple[int, ...]
+    even: bool = False
 
     @property
     def rank(self) -> int:
@@ -68,16 +70,19 @@ class PlainStack:
         at_once = max(1, WORKSPACE_BYTES // self.form.token_bytes(self.rank))
         if self.form.widens:
             at_once = min(at_once, max(1, WIDENED_BYTES // (FP32 * x.shape[1])))
+        make = self._parts_of if self.form.apart else self._scaled
         for start in range(0, x.shape[0], at_once):
-            parts = self.parts(self._hidden(x[start : start + at_once]))
+            parts = make(x[start : start + at_once])
             for here in self.ranges:
                 rows = y[start : start + at_once, here.start : here.stop]
-                rows.addmm_(parts[:, here.columns].flatten(1), self.up(here).t(), alpha=self.factor)
+                rows.addmm_(self._of(parts, here), self.up(here).t(), alpha=self.factor)
 
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
         scale, factor = _scales(self.form, additions, self.exponents, self.down.shape[1])
-        return dataclasses.replace(self, scale=scale.to(self.scale.device, copy=True), factor=factor)
+        return dataclasses.replace(
+            self, scale=scale.to(self.scale.device, copy=True), factor=factor, even=_is_even(self.form, scale)
+        )
 
     def parts(self, hidden: Tensor) -> Tensor:
         """`hidden · scale` in the type of the activations: [tokens, rank, columns].
@@ -102,9 +107,36 @@ class PlainStack:
             parts[..., 2].copy_(parts[..., 0])
         return parts
 
+    def _of(self, parts: Tensor, here: PlainRange) -> Tensor:
+        """Those of a range of rows, [tokens, rank · columns], in the order of `up`."""
+        return (parts[:, :, here.columns] if self.form.apart else parts[:, here.columns]).flatten(1)
+
+    def _parts_of(self, x: Tensor) -> Tensor:
+        """The parts of `hidden · scale`, [tokens, columns, rank]: the second is what the first has lost."""
+        first = torch.mm(x, self.down.t())
+        high = first[:, : self.rank]
+        low = torch.addmm(high, x, self.down[: self.rank].t(), beta=-1)
+        if self.form.down_parts > 1:
+            low += first[:, self.rank :]
+        parts = x.new_empty((len(x), self.form.columns, self.rank))
+        if self.even:
+            parts[:, 0].copy_(high)
+            parts[:, 1].copy_(low)
+        else:
+            scaled = high * self.scale
+            parts[:, 0].copy_(scaled)
+            scaled.sub_(parts[:, 0]).addcmul_(low, self.scale)
+            parts[:, 1].copy_(scaled)
+        if self.form.columns > 2:
+            parts[:, 2].copy_(parts[:, 0])
+        return parts
+
     def up(self, here: PlainRange) -> Tensor:
-        """The columns that the parts meet: [rows, rank · columns]."""
+        """The columns that the parts meet: [rows, rank · columns]; where hidden comes in parts, those of each
+        part together."""
         high = here.up[0]
+        if self.form.apart:
+            return torch.cat((high, *here.up), 1)
         if self.signs is None:
             return high
         made = high.new_empty((*high.shape, self.form.columns))
@@ -112,6 +144,9 @@ class PlainStack:
         if self.form.columns > 2:
             made[..., 2].copy_(here.up[1])
         return made.flatten(1)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self.parts(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self.form.widens:
@@ -158,9 +193,15 @@ def build_plain(
         scale.to(device, copy=True),
         factor,
         tuple(ranges),
-        SIGNS.to(device, form.activations, copy=True) if form.columns > 1 else None,
+        SIGNS.to(device, form.activations, copy=True) if form.signed else None,
         tuple(exponents),
+        _is_even(form, scale),
     )
+
+
+def _is_even(form: PlainForm, scale: Tensor) -> bool:
+    """scale: on the CPU. Asked where hidden comes in parts alone."""
+    return form.apart and bool((scale == 1.0).all())
 
 
 def _in_range(form: PlainForm, step: Add) -> tuple[Tensor, Tensor, list[int]]:
@@ -199,13 +240,18 @@ def _scales(
 
     In fp16 |hidden| is at most 65504 · inputs, or 65504 where it is fp16 itself, and the factor keeps parts
     at or below 65504. It takes the largest scale along: those of one strength then are powers of two, and
-    round nothing.
+    round nothing. Where hidden comes in parts, the factor is the largest scale, and those of one strength
+    are 1.
     """
     strengths = [step.scale for step in additions for _ in range(rank_of(step))]
     scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
-    factor = max(map(abs, scales), default=0.0) if form.activations == torch.float16 else 1.0
+    half = form.activations == torch.float16
+    factor = max(scales, key=abs, default=0.0) if half or form.apart else 1.0
+    factor = abs(factor) if half else factor
     if factor == 0.0:
         factor = 1.0
-    elif form.activations == torch.float16:
+    elif form.apart:
+        factor = factor if 1.0 / LARGEST_FACTOR <= abs(factor) <= LARGEST_FACTOR else 1.0
+    elif half:
         factor = min(factor if form.narrow else math.ldexp(factor, inputs.bit_length()), LARGEST_FACTOR)
     return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor

@@ -202,7 +202,7 @@ def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool)
     additions = low_rank(weight.steps)
     rank = sum(map(rank_of, additions))
     sizes = [form.down_bytes(rank, inputs), rank * FP32]
-    sizes += [form.signs_bytes] if form.columns > 1 else []
+    sizes += [form.signs_bytes] if form.signed else []
     columns = 0
     for block in up_blocks(weight.steps, outputs):
         numbers = [number for number, _, _ in block]
