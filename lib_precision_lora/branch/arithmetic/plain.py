@@ -70,12 +70,18 @@ class PlainStack:
         at_once = max(1, WORKSPACE_BYTES // self.form.token_bytes(self.rank))
         if self.form.widens:
             at_once = min(at_once, max(1, WIDENED_BYTES // (FP32 * x.shape[1])))
-        make = self._parts_of if self.form.apart else self._scaled
+        if x.shape[0] <= at_once:
+            self._add(x, y)
+            return
         for start in range(0, x.shape[0], at_once):
-            parts = make(x[start : start + at_once])
-            for here in self.ranges:
-                rows = y[start : start + at_once, here.start : here.stop]
-                rows.addmm_(self._of(parts, here), self.up(here).t(), alpha=self.factor)
+            self._add(x[start : start + at_once], y[start : start + at_once])
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        """As many tokens as are treated at once; nothing of them is alive when the next are."""
+        parts = self._parts_of(x) if self.form.apart else self.parts(self._hidden(x))
+        for here in self.ranges:
+            rows = y if here.stop - here.start == y.shape[1] else y[:, here.start : here.stop]
+            rows.addmm_(self._of(parts, here), self.up(here).t(), alpha=self.factor)
 
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
@@ -109,7 +115,9 @@ class PlainStack:
 
     def _of(self, parts: Tensor, here: PlainRange) -> Tensor:
         """Those of a range of rows, [tokens, rank · columns], in the order of `up`."""
-        return (parts[:, :, here.columns] if self.form.apart else parts[:, here.columns]).flatten(1)
+        if len(self.ranges) > 1:
+            parts = parts[:, :, here.columns] if self.form.apart else parts[:, here.columns]
+        return parts.flatten(1)
 
     def _parts_of(self, x: Tensor) -> Tensor:
         """The parts of `hidden · scale`, [tokens, columns, rank]: the second is what the first has lost."""
@@ -118,18 +126,13 @@ class PlainStack:
         low = torch.addmm(high, x, self.down[: self.rank].t(), beta=-1)
         if self.form.down_parts > 1:
             low += first[:, self.rank :]
-        parts = x.new_empty((len(x), self.form.columns, self.rank))
-        if self.even:
-            parts[:, 0].copy_(high)
-            parts[:, 1].copy_(low)
-        else:
+        del first
+        if not self.even:
             scaled = high * self.scale
-            parts[:, 0].copy_(scaled)
-            scaled.sub_(parts[:, 0]).addcmul_(low, self.scale)
-            parts[:, 1].copy_(scaled)
-        if self.form.columns > 2:
-            parts[:, 2].copy_(parts[:, 0])
-        return parts
+            kept = scaled.to(x.dtype)
+            high, low = kept, scaled.sub_(kept).addcmul_(low, self.scale).to(x.dtype)
+        parts = torch.cat((high, low, high) if self.form.columns > 2 else (high, low), 1)
+        return parts.view(len(x), -1, self.rank)
 
     def up(self, here: PlainRange) -> Tensor:
         """The columns that the parts meet: [rows, rank · columns]; where hidden comes in parts, those of each
@@ -144,9 +147,6 @@ class PlainStack:
         if self.form.columns > 2:
             made[..., 2].copy_(here.up[1])
         return made.flatten(1)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return self.parts(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self.form.widens:

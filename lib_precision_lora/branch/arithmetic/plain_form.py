@@ -124,8 +124,10 @@ class PlainForm:
 
     def hidden_bytes(self, rank: int) -> int:
         """Of one token, or of one position of a convolution; where `apart`, with what is beside it."""
-        if self.apart:  # the first product and the second, and what is scaled in fp32
-            return rank * (self.activations.itemsize * (self.down_parts + 1) + FP32)
+        if self.apart:
+            # the two products, what is scaled in fp32 and both parts of it; or these and the parts together
+            halves = max(self.down_parts + 3, self.columns + 2)
+            return rank * (self.activations.itemsize * halves + FP32) - self.parts_bytes(rank)
         size = self.activations.itemsize if self.narrow else FP32
         return size * self.down_parts * rank
 

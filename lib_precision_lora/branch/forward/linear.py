@@ -19,7 +19,6 @@ from lib_precision_lora.branch.arithmetic.token_chunks import token_chunks
 from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
 from lib_precision_lora.branch.forward.rows import add_rows
 from lib_precision_lora.branch.forward.wide_input import WideInput
-from lib_precision_lora.memory.chunks import token_count
 from lib_precision_lora.strict_product import strict
 
 LARGEST_ENLARGED = 2.0**5
@@ -44,8 +43,7 @@ class LinearBranch(WeightBranch):
                 operands.add(x_part, y_part)
             return y
         bias: Tensor | None = getattr(module, "bias", None)
-        at_once = min(operands.at_once, token_count(operands.token_bytes))
-        for x_chunk, y_chunk in token_chunks(x, y, at_once):
+        for x_chunk, y_chunk in token_chunks(x, y, operands.at_once):
             self._add(module, operands, x_chunk, y_chunk, bias)
         return y
 

@@ -22,7 +22,7 @@ from lib_precision_lora.branch.arithmetic.chunks import chunk_bytes, token_bytes
 from lib_precision_lora.branch.arithmetic.device_copies import DeviceCopies
 from lib_precision_lora.branch.arithmetic.plain import PlainStack, build_plain
 from lib_precision_lora.branch.arithmetic.plain_form import PlainForm
-from lib_precision_lora.branch.arithmetic.product import Compute, Product, choose_product
+from lib_precision_lora.branch.arithmetic.product import Compute, Product, choose_product, process_choices
 from lib_precision_lora.branch.arithmetic.product_cost import ProductCost
 from lib_precision_lora.branch.arithmetic.stack import (
     Stack,
@@ -131,6 +131,7 @@ class WeightBranch:
         self._stack: Stack | None = None
         self._operands: Operands | PlainStack | None = None
         self._made_for: tuple[torch.device, PlainForm | bool, bool] | None = None
+        self._asked: tuple[object, ...] | None = None
         self._turned: TurnedInput[Operands] | None = None
         self._copies: DeviceCopies | None = None
 
@@ -223,6 +224,9 @@ class WeightBranch:
         plain: whether outputs are of this type, too; before: the module is given its input turned. Where the
         device has no memory for them, they stay in RAM from now on.
         """
+        asked = device, dtype, plain, before, process_choices(device, dtype, self.convolution)
+        if asked == self._asked and self._operands is not None:
+            return self._operands
         form = self._form(device, dtype) if plain else None
         product = choose_product(self.compute, device, dtype)
         made_for = (device, product.half if form is None else form, before)
@@ -239,6 +243,7 @@ class WeightBranch:
                 self.stream = self.spare
                 self._operands = self._make(product, form, device, before)
             self._made_for = made_for
+        self._asked = asked
         return self._operands
 
     def waiting_for(self, device: torch.device) -> Operands | PlainStack | None:
@@ -270,7 +275,7 @@ class WeightBranch:
 
     def release(self) -> None:
         """Let go of everything that was made for a device."""
-        self._stack = self._operands = self._made_for = self._copies = self._turned = None
+        self._stack = self._operands = self._made_for = self._copies = self._turned = self._asked = None
         if self.wide_input is not None:
             self.wide_input.drop()
         if self.bias is not None:
