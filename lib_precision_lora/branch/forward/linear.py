@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.arithmetic.plain import PlainStack
 from lib_precision_lora.branch.arithmetic.product import SingleProduct, magnitude
 from lib_precision_lora.branch.arithmetic.token_chunks import token_chunks
 from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
@@ -31,6 +30,7 @@ class LinearBranch(WeightBranch):
     """Runs on the input and the output of a module whose forward multiplies by a [out, in] weight."""
 
     can_turn = True
+    adds_kronecker = True
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where y is contiguous; x: [..., in], y: [..., out]."""
@@ -38,7 +38,7 @@ class LinearBranch(WeightBranch):
         if isinstance(operands, Operands) and operands.is_empty:
             return y
         y = y.contiguous()
-        if isinstance(operands, PlainStack):
+        if not isinstance(operands, Operands):
             for x_part, y_part in token_chunks(x, y, WHOLE):
                 operands.add(x_part, y_part)
             return y

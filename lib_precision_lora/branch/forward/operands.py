@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_precision_lora.adapters.steps import Add, Left
-from lib_precision_lora.adapters.terms import LowRank
+from lib_precision_lora.adapters.terms import Kronecker, LowRank
 from lib_precision_lora.branch.algebra.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.algebra.identity import structure
 from lib_precision_lora.branch.algebra.vector import DeltaVector
@@ -22,6 +22,12 @@ from lib_precision_lora.branch.arithmetic.chunks import chunk_bytes, token_bytes
 from lib_precision_lora.branch.arithmetic.device_copies import DeviceCopies
 from lib_precision_lora.branch.arithmetic.plain import PlainStack, build_plain
 from lib_precision_lora.branch.arithmetic.plain_form import PlainForm
+from lib_precision_lora.branch.arithmetic.plain_kronecker import (
+    KroneckerForm,
+    PlainKronecker,
+    build_kronecker,
+    single_kronecker,
+)
 from lib_precision_lora.branch.arithmetic.product import Compute, Product, choose_product, process_choices
 from lib_precision_lora.branch.arithmetic.product_cost import ProductCost
 from lib_precision_lora.branch.arithmetic.stack import (
@@ -46,6 +52,8 @@ from lib_precision_lora.branch.forward.wide_input import WideInput
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+Plain = PlainStack | PlainKronecker
+"""What is added to y in y's own type."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,11 +118,13 @@ class WeightBranch:
     stream: None while the factors stay on the device; else what brings them there from RAM each time.
     spare: the stream to take to where the device has no memory for them. convolution: whether the input is
     treated whole, and its positions in blocks; placeable: whether forwards take the factors from the device;
-    can_turn: whether a module's input can be turned before it.
+    can_turn: whether a module's input can be turned before it; adds_kronecker: whether one Kronecker
+    product can be added to y as it is.
     """
 
     convolution = False
     can_turn = False
+    adds_kronecker = False
     placeable = True
 
     def __init__(self, weight: EffectiveWeight, bias: EffectiveWeight | None, compute: Compute) -> None:
@@ -126,11 +136,12 @@ class WeightBranch:
         self.bias = None if bias is None else DeltaVector(bias)
         plain = bias is None and self.wide_input is None and is_plain(self.steps, self.pieces)
         self._types = factor_types(self.steps) if plain else None
+        self._kronecker = self._single_kronecker(bias)
         self.stream: FactorStream | None = None
         self.spare: FactorStream | None = None
         self._stack: Stack | None = None
-        self._operands: Operands | PlainStack | None = None
-        self._made_for: tuple[torch.device, PlainForm | bool, bool] | None = None
+        self._operands: Operands | Plain | None = None
+        self._made_for: tuple[torch.device, PlainForm | KroneckerForm | bool, bool] | None = None
         self._asked: tuple[object, ...] | None = None
         self._turned: TurnedInput[Operands] | None = None
         self._copies: DeviceCopies | None = None
@@ -154,8 +165,8 @@ class WeightBranch:
         self.steps = steps
         if self._made_for is None or self._operands is None:
             return
-        if isinstance(self._operands, PlainStack):
-            made = self._operands.with_strengths(low_rank(steps))
+        if isinstance(self._operands, PlainStack | PlainKronecker):
+            made = self._operands.with_strengths([step for step in steps if isinstance(step, Add)])
             self._operands = self._kept(made, self._made_for[0])
         elif self.bias is None and is_plain(steps, self.pieces):
             made_again = dataclasses.replace(self._operands, scale=self._scale())
@@ -164,7 +175,7 @@ class WeightBranch:
             device, _, before = self._made_for
             self._operands = self._assemble(self._operands.product, device, before)
 
-    def operands(self, x: Tensor, y: Tensor | None) -> Operands | PlainStack:
+    def operands(self, x: Tensor, y: Tensor | None) -> Operands | Plain:
         """The operands for this input: made at the first forward, then found.
 
         y: the output that a plain stack may be added to; None where it may not be.
@@ -209,7 +220,7 @@ class WeightBranch:
         """Whether the module is given an input of this type turned."""
         return self.turns_inputs and turned_before(self.pieces, dtype)
 
-    def _brought(self, made: Operands | PlainStack, device: torch.device) -> Operands | PlainStack:
+    def _brought(self, made: Operands | Plain, device: torch.device) -> Operands | Plain:
         return made if self.stream is None else self.stream.bring(self, made, device)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -218,7 +229,7 @@ class WeightBranch:
 
     def ready(
         self, device: torch.device, dtype: torch.dtype, plain: bool = True, before: bool = False
-    ) -> Operands | PlainStack:
+    ) -> Operands | Plain:
         """The operands for inputs on this device and of this type, where they stay: there, or in RAM.
 
         plain: whether outputs are of this type, too; before: the module is given its input turned. Where the
@@ -246,7 +257,7 @@ class WeightBranch:
         self._asked = asked
         return self._operands
 
-    def waiting_for(self, device: torch.device) -> Operands | PlainStack | None:
+    def waiting_for(self, device: torch.device) -> Operands | Plain | None:
         """The operands in RAM that were made for this device, if the branch is streamed."""
         here = self.stream is not None and self._made_for is not None and self._made_for[0] == device
         return self._operands if here else None
@@ -281,17 +292,30 @@ class WeightBranch:
         if self.bias is not None:
             self.bias.release()
 
-    def _form(self, device: torch.device, dtype: torch.dtype) -> PlainForm | None:
-        """The form of its products where the branch is a plain stack; None where it is not."""
+    def _single_kronecker(self, bias: EffectiveWeight | None) -> Kronecker | None:
+        """The Kronecker product that is all that this branch adds."""
+        if not self.adds_kronecker or bias is not None or self.wide_input is not None:
+            return None
+        turned = any(piece.turns for piece in self.pieces)
+        return None if turned else single_kronecker(self.steps, self.rows, self.columns)
+
+    def _form(self, device: torch.device, dtype: torch.dtype) -> PlainForm | KroneckerForm | None:
+        """The form of its products where the branch is a plain stack, or one Kronecker product; None where
+        it is neither."""
+        if self._kronecker is not None:
+            return KroneckerForm.of(self.compute, device, dtype, self._kronecker)
         if self._types is None:
             return None
         return PlainForm.of(self.compute, device, dtype, self._types, self.convolution)
 
     def _make(
-        self, product: Product, form: PlainForm | None, device: torch.device, before: bool
-    ) -> Operands | PlainStack:
+        self, product: Product, form: PlainForm | KroneckerForm | None, device: torch.device, before: bool
+    ) -> Operands | Plain:
         """Operands at home: on the device, or in RAM for it."""
         home = device if self.stream is None else torch.device("cpu")
+        if isinstance(form, KroneckerForm):
+            (step,) = (step for step in self.steps if isinstance(step, Add))
+            return self._kept(build_kronecker(form, step, home), device)
         if form is not None:
             made = build_plain(form, low_rank(self.steps), up_blocks(self.steps, self.rows), home)
             return self._kept(made, device)
