@@ -7,7 +7,6 @@ y[:, range] += factor · parts[:, columns] · upᵀ
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,10 +84,10 @@ class PlainStack:
 
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
-        scale, factor = _scales(self.form, additions, self.exponents, self.down.shape[1])
-        return dataclasses.replace(
-            self, scale=scale.to(self.scale.device, copy=True), factor=factor, even=_is_even(self.form, scale)
-        )
+        scale, factor, even = _scales(self.form, additions, self.exponents, self.down.shape[1])
+        here = scale.to(self.scale.device)
+        # one by one: `dataclasses.replace` takes longer than all the rest, for each layer
+        return PlainStack(self.form, self.down, here, factor, self.ranges, self.signs, self.exponents, even)
 
     def parts(self, hidden: Tensor) -> Tensor:
         """`hidden · scale` in the type of the activations: [tokens, rank, columns].
@@ -177,7 +176,7 @@ def build_plain(
         exponents += powers
         downs.append(in_parts(down.to(device), form.activations, form.down_parts))
         ups.append(in_parts(up.to(device), form.activations, form.up_parts))
-    scale, factor = _scales(form, additions, exponents, downs[0].shape[-1])
+    scale, factor, even = _scales(form, additions, exponents, downs[0].shape[-1])
     ranges = []
     for block in blocks:
         number, first, last = block[0]
@@ -190,18 +189,13 @@ def build_plain(
     return PlainStack(
         form,
         down.flatten(0, 1),
-        scale.to(device, copy=True),
+        scale.to(device),
         factor,
         tuple(ranges),
         SIGNS.to(device, form.activations, copy=True) if form.signed else None,
         tuple(exponents),
-        _is_even(form, scale),
+        even,
     )
-
-
-def _is_even(form: PlainForm, scale: Tensor) -> bool:
-    """scale: on the CPU. Asked where hidden comes in parts alone."""
-    return form.apart and bool((scale == 1.0).all())
 
 
 def _in_range(form: PlainForm, step: Add) -> tuple[Tensor, Tensor, list[int]]:
@@ -235,8 +229,9 @@ def _exponents(sizes: Tensor) -> Tensor:
 
 def _scales(
     form: PlainForm, additions: Sequence[Add], exponents: Sequence[int], inputs: int
-) -> tuple[Tensor, float]:
-    """The scale of each rank, [rank] fp32 on the CPU, and what the second product is multiplied by.
+) -> tuple[Tensor, float, bool]:
+    """The scale of each rank, [rank] fp32 on the CPU; what the second product is multiplied by; whether each
+    scale is 1.
 
     In fp16 |hidden| is at most 65504 · inputs, or 65504 where it is fp16 itself, and the factor keeps parts
     at or below 65504. It takes the largest scale along: those of one strength then are powers of two, and
@@ -244,7 +239,9 @@ def _scales(
     are 1.
     """
     strengths = [step.scale for step in additions for _ in range(rank_of(step))]
-    scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
+    scales = strengths
+    if any(exponents):
+        scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
     half = form.activations == torch.float16
     factor = max(scales, key=abs, default=0.0) if half or form.apart else 1.0
     factor = abs(factor) if half else factor
@@ -254,4 +251,6 @@ def _scales(
         factor = factor if 1.0 / LARGEST_FACTOR <= abs(factor) <= LARGEST_FACTOR else 1.0
     elif half:
         factor = min(factor if form.narrow else math.ldexp(factor, inputs.bit_length()), LARGEST_FACTOR)
-    return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor
+    if all(scale == factor for scale in scales):
+        return torch.ones(len(scales), dtype=torch.float32), factor, True
+    return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor, False
