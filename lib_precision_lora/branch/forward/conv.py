@@ -23,10 +23,11 @@ from lib_precision_lora.branch.arithmetic.plain_form import PLAIN_HIDDEN_BYTES
 from lib_precision_lora.branch.arithmetic.plain_kronecker import PlainKronecker
 from lib_precision_lora.branch.arithmetic.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.forward.linear import enlargement, mix_left, turn
-from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
+from lib_precision_lora.branch.forward.operands import Operands
 from lib_precision_lora.branch.forward.patches import PatchInput
 from lib_precision_lora.branch.forward.rows import add_rows
 from lib_precision_lora.branch.forward.turned_input import InputTurns
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.forward.wide_input import WideInput
 from lib_precision_lora.memory.chunks import WORKSPACE_BYTES, token_count
 

@@ -15,8 +15,9 @@ from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.arithmetic.product import SingleProduct, magnitude
 from lib_precision_lora.branch.arithmetic.token_chunks import token_chunks
-from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
+from lib_precision_lora.branch.forward.operands import Operands
 from lib_precision_lora.branch.forward.rows import add_rows
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.forward.wide_input import WideInput
 from lib_precision_lora.strict_product import strict
 

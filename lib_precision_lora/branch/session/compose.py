@@ -20,8 +20,9 @@ from lib_precision_lora.branch.forward.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.forward.embedding import EmbeddingBranch
 from lib_precision_lora.branch.forward.linear import LinearBranch
 from lib_precision_lora.branch.forward.norm import NormBranch
-from lib_precision_lora.branch.forward.operands import WeightBranch, factor_bytes
+from lib_precision_lora.branch.forward.operands import factor_bytes
 from lib_precision_lora.branch.forward.shadow import Shadow, make_shadow
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.fitted import FittedAdapters
 from lib_precision_lora.branch.session.merged import Merged, make_merged
 from lib_precision_lora.branch.session.patch import Patch, PatchError, PatchMemoryError

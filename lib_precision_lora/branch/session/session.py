@@ -16,9 +16,9 @@ from lib_precision_lora.branch.algebra.memo import Memo
 from lib_precision_lora.branch.algebra.sketch import SketchedWeight
 from lib_precision_lora.branch.arithmetic.chunks import Arithmetic
 from lib_precision_lora.branch.arithmetic.product import Compute
-from lib_precision_lora.branch.forward.operands import WeightBranch
 from lib_precision_lora.branch.forward.shadow import Shadow
 from lib_precision_lora.branch.forward.streaming import FactorStream
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.attach import (
     Attached,
     attach,

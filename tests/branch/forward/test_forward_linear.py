@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lib_precision_lora.branch import Compute, PatchError, PatchSession
-from lib_precision_lora.branch.forward import operands
+from lib_precision_lora.branch.forward import weight_branch
 from tests.branch.forwards import Pairs, assert_exact_forward, exact_layer, forward
 from tests.branch.hosts import Holder, Linear
 from tests.branch.recipes import BASE_STD, EIGHT_MIXED, RECIPES, generator, noise, recipe
@@ -246,7 +246,7 @@ def test_products_are_chosen_once_and_not_in_each_forward(
         session.apply_patches([recipe("lora-rank-1", (OUT, IN)).patch("layer.weight")[0]])
         session.place(torch.device("cpu"), dtype)
         first = model["layer"](x)
-        monkeypatch.setattr(operands, "choose_product", refused)
+        monkeypatch.setattr(weight_branch, "choose_product", refused)
         assert torch.equal(model["layer"](x), first)
         with pytest.raises(PatchError, match="chosen again"):
             session.place(torch.device("cpu"), torch.float64)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
 from lib_precision_lora.branch.arithmetic.stack import low_rank
-from lib_precision_lora.branch.forward.operands import WeightBranch
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.planning.card_cost import branch_cost, layer_cost
 from lib_precision_lora.branch.session.sites import Site
 
