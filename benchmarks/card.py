@@ -200,6 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rank < 1 or min(options.files or [1]) < 1 or options.launch_us < 0:
         top.error("rank and files must be at least 1, the launch at least 0")
     launch = options.launch_us / 1e6
+    try:
+        ways()
+    except ValueError as error:
+        top.error(str(error))
     rows = measure(options.files or (1, 4, 8), options.rank, options.passes or tuple(PASSES), launch)
     if options.json:
         sys.stdout.write(f"{json.dumps(as_json(rows, options.rank, launch), indent=2)}\n")

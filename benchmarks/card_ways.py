@@ -5,10 +5,11 @@
     two products    the least: hidden = x · downᵀ in the activations' type, and y += hidden · upᵀ
     PEFT            its own layer, factors in the activations' type, as diffusers loads them
     Forge           "(fp16 LoRA)": the host's own merge in each forward, where FORGE_ROOT is set
+    Neo             the same of Forge Neo, where NEO_ROOT is set: it merges into a copy of the weight
 
-Forge's reads the files' tensors from RAM in each forward, as the host keeps them there; that way is counted
-as if it were the card's own memory, which is faster. All see fake CUDA tensors. Biases are left out, and so
-is the decoding of a stored weight, which each needs.
+The hosts' read the files' tensors from RAM in each forward, as they keep them there; that way is counted as
+if it were the card's own memory, which is faster. One process runs one host at most. All see fake CUDA
+tensors. Biases are left out, and so is the decoding of a stored weight, which each needs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -124,21 +125,52 @@ def forge(layer: Layer, files: Files) -> list[Kernel]:
     return counted(lambda: merge(patches=patches, weight=weight, computation_dtype=weight.dtype))
 
 
+def neo(layer: Layer, files: Files) -> list[Kernel]:
+    merge, adapter = _neo_merge()
+    weight = torch.empty(layer.weight, dtype=layer.dtype, device=CARD)
+    patches = []
+    for number in range(files.count):
+        tensors = _file(layer, files, number)
+        up, down = tensors["layer.lora_up.weight"], tensors["layer.lora_down.weight"]
+        value = adapter(set(), (up, down, float(files.rank), None, None, None))
+        patches.append((STRENGTH, value, 1.0, None, None))
+    return counted(lambda: merge(patches, weight.clone(), "layer.weight", computation_dtype=weight.dtype))
+
+
 @functools.cache
 def _forge_merge() -> Callable[..., Any]:
-    """Forge's own function, imported as on a machine without a card.
+    """Forge's own function, imported as on a machine without a card."""
+    with _host((os.environ["FORGE_ROOT"],), "--always-cpu"):
+        return _undecorated(importlib.import_module("backend.patcher.lora").merge_lora_to_weight)
 
-    Its decorator is taken off: in inference mode fake tensors lack their operations. Kernels are the same.
-    """
-    root, arguments = os.environ["FORGE_ROOT"], sys.argv
-    sys.path.insert(0, root)
-    sys.argv = ["webui.py", "--always-cpu"]
+
+@functools.cache
+def _neo_merge() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Neo's own function and the class of its LoRAs, imported as on a machine without a card."""
+    root = os.environ["NEO_ROOT"]
+    with _host((root, os.path.join(root, "modules_forge", "packages")), "--cpu"):
+        lora = importlib.import_module("backend.patcher.lora")
+        return _undecorated(lora.merge_lora_to_weight), lora.weight_adapter.LoRAAdapter
+
+
+def _undecorated(merge: Any) -> Callable[..., Any]:
+    """Without inference mode, in which fake tensors lack their operations; kernels are the same."""
+    return merge.__wrapped__  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _host(folders: Sequence[str], *arguments: str) -> Iterator[None]:
+    """A host's modules can be imported from its folders, as if it had been started with these arguments."""
+    own = sys.argv
+    sys.path[:0] = folders
+    sys.argv = ["webui.py", *arguments]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it tells of the machine
-            return importlib.import_module("backend.patcher.lora").merge_lora_to_weight.__wrapped__
+            yield
     finally:
-        sys.argv = arguments
-        sys.path.remove(root)
+        sys.argv = own
+        for folder in folders:
+            sys.path.remove(folder)
 
 
 def _file(layer: Layer, files: Files, seed: int) -> dict[str, Tensor]:
@@ -155,14 +187,22 @@ def _file(layer: Layer, files: Files, seed: int) -> dict[str, Tensor]:
 
 
 def ways() -> Mapping[str, Way]:
-    """Those that run here; Forge's is imported at once, beside a CPU that does its work itself."""
+    """Those that run here; a host's is imported at once, beside a CPU that does its work itself.
+
+    Raises `ValueError` for two hosts: their modules have the same names.
+    """
     found: dict[str, Way] = {
         "ours": ours,
         "ours, older torch": ours_on_older_torch,
         "two products": two_products,
         "PEFT": peft,
     }
+    if os.environ.get("FORGE_ROOT") and os.environ.get("NEO_ROOT"):
+        raise ValueError("FORGE_ROOT and NEO_ROOT are both set; one process runs one host at most")
     if os.environ.get("FORGE_ROOT"):
         _forge_merge()
         found["Forge (fp16 LoRA)"] = forge
+    if os.environ.get("NEO_ROOT"):
+        _neo_merge()
+        found["Neo (fp16 LoRA)"] = neo
     return found

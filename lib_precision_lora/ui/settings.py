@@ -59,7 +59,7 @@ OPTIONS = (
         AUTOMATIC,
         "Full-precision checkpoints",
         "merged fp16 and fp32 layers are faster per step and slower to change, and round once; Automatic "
-        "merges only large layers whose LoRAs cost more than a quarter of the layer; all others, and all of "
+        "merges the layers that LoRAs would slow down in a way that is felt; all others, and all of "
         "bf16, FP8, NF4 and GGUF, are always computed beside; what was merged is put back as it was",
         "Radio",
         {"choices": [AUTOMATIC, BESIDE, MERGE]},

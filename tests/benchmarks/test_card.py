@@ -26,7 +26,8 @@ LOOP = 4
 @pytest.fixture(autouse=True)
 def _without_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing one would change this process."""
-    monkeypatch.delenv("FORGE_ROOT", raising=False)
+    for root in ("FORGE_ROOT", "NEO_ROOT"):
+        monkeypatch.delenv(root, raising=False)
 
 
 @pytest.mark.parametrize("layer", [LINEAR, CONV], ids=lambda layer: layer.name)
@@ -147,3 +148,11 @@ def test_the_page_says_that_it_is_counted_and_has_every_layer_and_card() -> None
     for each in CARDS:
         figures = f"{each.bandwidth / 1e9:g} | {each.multiprocessors} | {each.clock / 1e9:g}"
         assert f"| {each.name} | {figures} | {each.peak(False) / 1e12:.1f} |" in PAGE
+
+
+def test_two_hosts_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for root in ("FORGE_ROOT", "NEO_ROOT"):
+        monkeypatch.setenv(root, "/nowhere")
+    with pytest.raises(SystemExit):
+        card.main([])
+    assert "one process runs one host" in capsys.readouterr().err

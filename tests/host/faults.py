@@ -55,13 +55,13 @@ REFRESHING: Mapping[str, str] = {
 """What `refresh` does."""
 
 PLACING: Mapping[str, str] = {
-    "a stack": "lib_precision_lora.branch.forward.operands:build_stack",
-    "scales": "lib_precision_lora.branch.forward.operands:column_scales",
-    "phases": "lib_precision_lora.branch.forward.operands:_phases",
-    "operands": "lib_precision_lora.branch.forward.operands:WeightBranch._assemble",
-    "a branch": "lib_precision_lora.branch.forward.operands:WeightBranch.ready",
-    "the choice of a product": "lib_precision_lora.branch.forward.operands:choose_product",
-    "where factors stay": "lib_precision_lora.branch.forward.operands:WeightBranch.reside",
+    "a stack": "lib_precision_lora.branch.forward.weight_branch:build_stack",
+    "scales": "lib_precision_lora.branch.forward.weight_branch:column_scales",
+    "phases": "lib_precision_lora.branch.forward.weight_branch:phases_of",
+    "operands": "lib_precision_lora.branch.forward.weight_branch:WeightBranch._assemble",
+    "a branch": "lib_precision_lora.branch.forward.weight_branch:WeightBranch.ready",
+    "the choice of a product": "lib_precision_lora.branch.forward.weight_branch:choose_product",
+    "where factors stay": "lib_precision_lora.branch.forward.weight_branch:WeightBranch.reside",
 }
 """What placing does."""
 
@@ -75,7 +75,7 @@ STREAMING: Mapping[str, str] = {
 """What a forward does for factors in RAM."""
 
 RUNNING: Mapping[str, str] = {
-    "operands of a forward": "lib_precision_lora.branch.forward.operands:WeightBranch.operands",
+    "operands of a forward": "lib_precision_lora.branch.forward.weight_branch:WeightBranch.operands",
     "chunks": "lib_precision_lora.branch.forward.linear:token_chunks",
     "the input side": "lib_precision_lora.branch.forward.linear:LinearInput.hidden",
     "the output side": "lib_precision_lora.branch.forward.rows:_additions",

@@ -1,4 +1,4 @@
-"""A plain stack on a card: two products, and little between them (`plain_form`).
+"""A plain stack: two products, and little between them (`plain_form`).
 
 hidden = x · downᵀ
 parts  = hidden · scale
@@ -7,7 +7,6 @@ y[:, range] += factor · parts[:, columns] · upᵀ
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,8 @@ class PlainStack:
     """The low-rank terms of one module on one device, ready for activations of one type.
 
     down: [parts · rank, inputs]; scale: [rank] fp32; factor: of all; signs: of the two parts of
-    hidden, [2], None where it is one; exponents: the powers of two moved out of each rank's factors.
+    hidden, [2], None where it is one, or comes in parts; exponents: the powers of two moved out of each
+    rank's factors; even: every scale is 1, so that there is nothing to multiply.
     """
 
     form: PlainForm
@@ -58,6 +58,7 @@ class PlainStack:
     ranges: tuple[PlainRange, ...]
     signs: Tensor | None
     exponents: tuple[int, ...]
+    even: bool = False
 
     @property
     def rank(self) -> int:
@@ -68,16 +69,25 @@ class PlainStack:
         at_once = max(1, WORKSPACE_BYTES // self.form.token_bytes(self.rank))
         if self.form.widens:
             at_once = min(at_once, max(1, WIDENED_BYTES // (FP32 * x.shape[1])))
+        if x.shape[0] <= at_once:
+            self._add(x, y)
+            return
         for start in range(0, x.shape[0], at_once):
-            parts = self.parts(self._hidden(x[start : start + at_once]))
-            for here in self.ranges:
-                rows = y[start : start + at_once, here.start : here.stop]
-                rows.addmm_(parts[:, here.columns].flatten(1), self.up(here).t(), alpha=self.factor)
+            self._add(x[start : start + at_once], y[start : start + at_once])
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        """As many tokens as are treated at once; nothing of them is alive when the next are."""
+        parts = self._parts_of(x) if self.form.apart else self.parts(self._hidden(x))
+        for here in self.ranges:
+            rows = y if here.stop - here.start == y.shape[1] else y[:, here.start : here.stop]
+            rows.addmm_(self._of(parts, here), self.up(here).t(), alpha=self.factor)
 
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
-        scale, factor = _scales(self.form, additions, self.exponents, self.down.shape[1])
-        return dataclasses.replace(self, scale=scale.to(self.scale.device, copy=True), factor=factor)
+        scale, factor, even = _scales(self.form, additions, self.exponents, self.down.shape[1])
+        here = scale.to(self.scale.device)
+        # one by one: `dataclasses.replace` takes longer than all the rest, for each layer
+        return PlainStack(self.form, self.down, here, factor, self.ranges, self.signs, self.exponents, even)
 
     def parts(self, hidden: Tensor) -> Tensor:
         """`hidden · scale` in the type of the activations: [tokens, rank, columns].
@@ -102,9 +112,33 @@ class PlainStack:
             parts[..., 2].copy_(parts[..., 0])
         return parts
 
+    def _of(self, parts: Tensor, here: PlainRange) -> Tensor:
+        """Those of a range of rows, [tokens, rank · columns], in the order of `up`."""
+        if len(self.ranges) > 1:
+            parts = parts[:, :, here.columns] if self.form.apart else parts[:, here.columns]
+        return parts.flatten(1)
+
+    def _parts_of(self, x: Tensor) -> Tensor:
+        """The parts of `hidden · scale`, [tokens, columns, rank]: the second is what the first has lost."""
+        first = torch.mm(x, self.down.t())
+        high = first[:, : self.rank]
+        low = torch.addmm(high, x, self.down[: self.rank].t(), beta=-1)
+        if self.form.down_parts > 1:
+            low += first[:, self.rank :]
+        del first
+        if not self.even:
+            scaled = high * self.scale
+            kept = scaled.to(x.dtype)
+            high, low = kept, scaled.sub_(kept).addcmul_(low, self.scale).to(x.dtype)
+        parts = torch.cat((high, low, high) if self.form.columns > 2 else (high, low), 1)
+        return parts.view(len(x), -1, self.rank)
+
     def up(self, here: PlainRange) -> Tensor:
-        """The columns that the parts meet: [rows, rank · columns]."""
+        """The columns that the parts meet: [rows, rank · columns]; where hidden comes in parts, those of each
+        part together."""
         high = here.up[0]
+        if self.form.apart:
+            return torch.cat((high, *here.up), 1)
         if self.signs is None:
             return high
         made = high.new_empty((*high.shape, self.form.columns))
@@ -142,7 +176,7 @@ def build_plain(
         exponents += powers
         downs.append(in_parts(down.to(device), form.activations, form.down_parts))
         ups.append(in_parts(up.to(device), form.activations, form.up_parts))
-    scale, factor = _scales(form, additions, exponents, downs[0].shape[-1])
+    scale, factor, even = _scales(form, additions, exponents, downs[0].shape[-1])
     ranges = []
     for block in blocks:
         number, first, last = block[0]
@@ -155,11 +189,12 @@ def build_plain(
     return PlainStack(
         form,
         down.flatten(0, 1),
-        scale.to(device, copy=True),
+        scale.to(device),
         factor,
         tuple(ranges),
-        SIGNS.to(device, form.activations, copy=True) if form.columns > 1 else None,
+        SIGNS.to(device, form.activations, copy=True) if form.signed else None,
         tuple(exponents),
+        even,
     )
 
 
@@ -194,18 +229,28 @@ def _exponents(sizes: Tensor) -> Tensor:
 
 def _scales(
     form: PlainForm, additions: Sequence[Add], exponents: Sequence[int], inputs: int
-) -> tuple[Tensor, float]:
-    """The scale of each rank, [rank] fp32 on the CPU, and what the second product is multiplied by.
+) -> tuple[Tensor, float, bool]:
+    """The scale of each rank, [rank] fp32 on the CPU; what the second product is multiplied by; whether each
+    scale is 1.
 
     In fp16 |hidden| is at most 65504 · inputs, or 65504 where it is fp16 itself, and the factor keeps parts
     at or below 65504. It takes the largest scale along: those of one strength then are powers of two, and
-    round nothing.
+    round nothing. Where hidden comes in parts, the factor is the largest scale, and those of one strength
+    are 1.
     """
     strengths = [step.scale for step in additions for _ in range(rank_of(step))]
-    scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
-    factor = max(map(abs, scales), default=0.0) if form.activations == torch.float16 else 1.0
+    scales = strengths
+    if any(exponents):
+        scales = [math.ldexp(strength, e) for strength, e in zip(strengths, exponents, strict=True)]
+    half = form.activations == torch.float16
+    factor = max(scales, key=abs, default=0.0) if half or form.apart else 1.0
+    factor = abs(factor) if half else factor
     if factor == 0.0:
         factor = 1.0
-    elif form.activations == torch.float16:
+    elif form.apart:
+        factor = factor if 1.0 / LARGEST_FACTOR <= abs(factor) <= LARGEST_FACTOR else 1.0
+    elif half:
         factor = min(factor if form.narrow else math.ldexp(factor, inputs.bit_length()), LARGEST_FACTOR)
-    return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor
+    if all(scale == factor for scale in scales):
+        return torch.ones(len(scales), dtype=torch.float32), factor, True
+    return torch.tensor([scale / factor for scale in scales], dtype=torch.float32), factor, False

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lib_precision_lora.strict_product import Bilinear, strict
+from lib_precision_lora.strict_product import Bilinear, rounding_of, strict
 
 Compute = Literal["auto", "fp16", "fp32"]
 
@@ -64,6 +64,16 @@ def choose_product(compute: Compute, device: torch.device, dtype: torch.dtype) -
     if compute == "fp16" or (compute == "auto" and fast):
         return HalfProduct()
     return SingleProduct()
+
+
+def process_choices(device: torch.device, dtype: torch.dtype, convolution: bool) -> object:
+    """What the process can change from one forward to the next, and the choice of products depends on.
+
+    convolution: whether products are made in the forward of one.
+    """
+    if device.type != "cuda":
+        return None
+    return rounding_of(device, convolution) if dtype == torch.float32 else half_sums_allowed()
 
 
 def magnitude(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,10 @@ def token_chunks(x: Tensor, y: Tensor, tokens: int) -> Iterator[tuple[Tensor, Te
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     if x.ndim == 1:
         x, y = x[None], y[None]
+    if x.ndim == 2 and x.shape[0] <= tokens:
+        if x.shape[0]:
+            yield x, y
+        return
     if x.ndim == 2:
         for start in range(0, x.shape[0], tokens):
             yield x[start : start + tokens], y[start : start + tokens]

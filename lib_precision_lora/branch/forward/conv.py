@@ -20,12 +20,14 @@ from lib_precision_lora.adapters.terms import Kronecker
 from lib_precision_lora.branch.algebra.effective import EffectiveWeight
 from lib_precision_lora.branch.arithmetic.plain import PlainStack
 from lib_precision_lora.branch.arithmetic.plain_form import PLAIN_HIDDEN_BYTES
+from lib_precision_lora.branch.arithmetic.plain_kronecker import PlainKronecker
 from lib_precision_lora.branch.arithmetic.product import Compute, Product, SingleProduct
 from lib_precision_lora.branch.forward.linear import enlargement, mix_left, turn
-from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
+from lib_precision_lora.branch.forward.operands import Operands
 from lib_precision_lora.branch.forward.patches import PatchInput
 from lib_precision_lora.branch.forward.rows import add_rows
 from lib_precision_lora.branch.forward.turned_input import InputTurns
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.forward.wide_input import WideInput
 from lib_precision_lora.memory.chunks import WORKSPACE_BYTES, token_count
 
@@ -51,6 +53,7 @@ class ConvBranch(WeightBranch):
     def __call__(self, module: Conv, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where its layout allows; x: [B, in, …] or [in, …], y alike."""
         operands = self.operands(x, y if module.groups == 1 else None)
+        assert not isinstance(operands, PlainKronecker)  # `adds_kronecker`
         if isinstance(operands, Operands) and operands.is_empty:
             return y
         spatial = len(module.kernel_size)

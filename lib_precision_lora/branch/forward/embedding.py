@@ -9,7 +9,7 @@ from lib_precision_lora.adapters.adapter import AdapterError
 from lib_precision_lora.adapters.steps import Add, Left
 from lib_precision_lora.branch.algebra.effective import EffectiveWeight, Piece
 from lib_precision_lora.branch.arithmetic.product import Compute
-from lib_precision_lora.branch.forward.operands import WeightBranch
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 
 
 class EmbeddingBranch(WeightBranch):

@@ -13,13 +13,12 @@ from torch.nn.functional import linear
 
 from lib_precision_lora.adapters.steps import Turn
 from lib_precision_lora.adapters.terms import Kronecker
-from lib_precision_lora.branch.arithmetic.plain import PlainStack
 from lib_precision_lora.branch.arithmetic.product import SingleProduct, magnitude
 from lib_precision_lora.branch.arithmetic.token_chunks import token_chunks
-from lib_precision_lora.branch.forward.operands import Operands, WeightBranch
+from lib_precision_lora.branch.forward.operands import Operands
 from lib_precision_lora.branch.forward.rows import add_rows
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.forward.wide_input import WideInput
-from lib_precision_lora.memory.chunks import token_count
 from lib_precision_lora.strict_product import strict
 
 LARGEST_ENLARGED = 2.0**5
@@ -32,6 +31,7 @@ class LinearBranch(WeightBranch):
     """Runs on the input and the output of a module whose forward multiplies by a [out, in] weight."""
 
     can_turn = True
+    adds_kronecker = True
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y + branch(x)`, in y's memory where y is contiguous; x: [..., in], y: [..., out]."""
@@ -39,13 +39,12 @@ class LinearBranch(WeightBranch):
         if isinstance(operands, Operands) and operands.is_empty:
             return y
         y = y.contiguous()
-        if isinstance(operands, PlainStack):
+        if not isinstance(operands, Operands):
             for x_part, y_part in token_chunks(x, y, WHOLE):
                 operands.add(x_part, y_part)
             return y
         bias: Tensor | None = getattr(module, "bias", None)
-        at_once = min(operands.at_once, token_count(operands.token_bytes))
-        for x_chunk, y_chunk in token_chunks(x, y, at_once):
+        for x_chunk, y_chunk in token_chunks(x, y, operands.at_once):
             self._add(module, operands, x_chunk, y_chunk, bias)
         return y
 

@@ -20,8 +20,9 @@ from lib_precision_lora.branch.forward.conv import ConvBranch, require_conv_form
 from lib_precision_lora.branch.forward.embedding import EmbeddingBranch
 from lib_precision_lora.branch.forward.linear import LinearBranch
 from lib_precision_lora.branch.forward.norm import NormBranch
-from lib_precision_lora.branch.forward.operands import WeightBranch, factor_bytes
+from lib_precision_lora.branch.forward.operands import factor_bytes
 from lib_precision_lora.branch.forward.shadow import Shadow, make_shadow
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.fitted import FittedAdapters
 from lib_precision_lora.branch.session.merged import Merged, make_merged
 from lib_precision_lora.branch.session.patch import Patch, PatchError, PatchMemoryError
@@ -154,10 +155,11 @@ def make_attachments(
     compute: Compute,
     dense: DensePolicy = "branch",
     step: Step = uncounted,
+    card: bool = False,
 ) -> dict[str, tuple[Site, Piece]]:
     """One branch or merge per module, over its weight and bias, or one shadow per parameter; by name.
 
-    step: told before each parameter.
+    step: told before each parameter; card: `policy.steps_on_a_card`.
     """
     attachments: dict[str, tuple[Site, Piece]] = {}
     alone = _Alone(model, weights, dense)
@@ -179,7 +181,7 @@ def make_attachments(
             attachments[path] = site, branch
             if isinstance(branch, WeightBranch):
                 here = _parts(path, weights)
-                if merges(dense, site, branch, alone(site, here)):
+                if merges(dense, site, branch, alone(site, here), card):
                     attachments[path] = site, make_merged(site.module, here, branch)
     return attachments
 
@@ -189,8 +191,9 @@ def merged_modules(
     weights: Mapping[str, tuple[Site, EffectiveWeight]],
     compute: Compute,
     dense: DensePolicy,
+    card: bool = False,
 ) -> set[str]:
-    """The modules that `make_attachments` would merge, of weights that may be sketches.
+    """The modules that `make_attachments` would merge, of weights that may be sketches; card: as there.
 
     Not foreseen are those that turn out not to fit into their type: they run as branches instead.
     """
@@ -203,7 +206,7 @@ def merged_modules(
             continue
         weight = weights[f"{path}.weight"][1] if f"{path}.weight" in weights else _unchanged(site, path)
         branch = WEIGHT_BRANCHES[site.kind](weight, None, compute)
-        if isinstance(branch, WeightBranch) and merges(dense, site, branch, alone(site, here)):
+        if isinstance(branch, WeightBranch) and merges(dense, site, branch, alone(site, here), card):
             merged.add(path)
     return merged
 

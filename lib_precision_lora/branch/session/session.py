@@ -16,9 +16,9 @@ from lib_precision_lora.branch.algebra.memo import Memo
 from lib_precision_lora.branch.algebra.sketch import SketchedWeight
 from lib_precision_lora.branch.arithmetic.chunks import Arithmetic
 from lib_precision_lora.branch.arithmetic.product import Compute
-from lib_precision_lora.branch.forward.operands import WeightBranch
 from lib_precision_lora.branch.forward.shadow import Shadow
 from lib_precision_lora.branch.forward.streaming import FactorStream
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.attach import (
     Attached,
     attach,
@@ -43,7 +43,7 @@ from lib_precision_lora.branch.session.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.session.overhead import OverheadMeter
 from lib_precision_lora.branch.session.patch import Applied, Patch, PatchError, PatchItem, resolve
 from lib_precision_lora.branch.session.planning.footprint import Footprint, footprints
-from lib_precision_lora.branch.session.planning.policy import DensePolicy
+from lib_precision_lora.branch.session.planning.policy import DensePolicy, steps_on_a_card
 from lib_precision_lora.branch.session.rescue import Rescue
 from lib_precision_lora.branch.session.sites import Site
 from lib_precision_lora.branch.session.strengths import exchange_strengths
@@ -175,7 +175,7 @@ class PatchSession:
         fitted = self._fitted if fitted is None else fitted
         shadows = self._standing_shadows()
         weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
-        merged = merged_modules(model, weights, compute, dense)
+        merged = merged_modules(model, weights, compute, dense, steps_on_a_card(self._stepped()))
         return footprints(weights, Arithmetic.of(compute, device, dtype), merged)
 
     @property
@@ -288,7 +288,11 @@ class PatchSession:
     def _timed_module(self) -> nn.Module | None:
         """The module whose forwards are measured: none where nothing runs beside another."""
         beside = any(not isinstance(here.piece, Shadow | Merged) for here in self._attached.values())
-        module = getattr(self._living_model(), self._timed, None) if beside and self._timed else None
+        return self._stepped() if beside else None
+
+    def _stepped(self) -> nn.Module | None:
+        """The model's part of which one forward is a step."""
+        module = getattr(self._living_model(), self._timed, None) if self._timed else None
         return module if isinstance(module, nn.Module) else None
 
     def _standing_shadows(self) -> list[Shadow]:
@@ -302,7 +306,7 @@ class PatchSession:
         model = self._living_model()
         shadows = self._standing_shadows()
         weights = effective_weights(model, patches, self._fitted, shadows, self._memo, step=step)
-        return make_attachments(model, weights, compute, dense, step)
+        return make_attachments(model, weights, compute, dense, step, steps_on_a_card(self._stepped()))
 
     def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         """Bring one place from what stands there to `piece`, and say how to undo it."""

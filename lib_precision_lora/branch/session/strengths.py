@@ -19,7 +19,7 @@ from lib_precision_lora.adapters.lora import LoRA
 from lib_precision_lora.adapters.steps import Add
 from lib_precision_lora.branch.algebra.memo import Memo
 from lib_precision_lora.branch.algebra.number_range import bound_of, require_range
-from lib_precision_lora.branch.forward.operands import WeightBranch
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from lib_precision_lora.branch.session.attach import Attached
 from lib_precision_lora.branch.session.compose import out_of_memory
 from lib_precision_lora.branch.session.patch import Patch

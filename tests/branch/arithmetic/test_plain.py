@@ -14,7 +14,7 @@ from benchmarks.fake_card import CARD, fake_card
 from benchmarks.kernels import Kernel, counted
 from lib_precision_lora.adapters import Target, read_adapters
 from lib_precision_lora.branch import Compute, Patch, PatchSession
-from lib_precision_lora.branch.arithmetic import plain_form
+from lib_precision_lora.branch.arithmetic import plain_form, product
 from lib_precision_lora.branch.arithmetic.plain import PlainStack
 from lib_precision_lora.branch.session.planning.footprint import Footprint
 from tests.branch.meter import metered
@@ -175,6 +175,21 @@ def test_another_mode_than_the_activations_type_takes_the_careful_way(
     layer = nn.Linear(64, 64, bias=False, device=CARD, dtype=dtype)
     counts = measured(layer, torch.empty(1, 8, 64, device=CARD, dtype=dtype), [BF16], compute)
     assert not any("addmm" in kernel.name for kernel in counts.kernels)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_process_that_allows_sums_in_fp16_meanwhile_gets_the_careful_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(nn.Linear(64, 48, bias=False, device=CARD, dtype=FP16))
+    x = torch.empty(1, 8, 64, device=CARD, dtype=FP16)
+    with PatchSession(model) as session:
+        session.apply([("a", lora(64, 48, FP16), 0.5)])
+        session.place(CARD, FP16)
+        stack_of(session)
+        for module in (product, plain_form):
+            monkeypatch.setattr(module, "half_sums_allowed", lambda: True)
+        assert not any("addmm" in kernel.name for kernel in counted(lambda: model.layer(x)))
 
 
 @pytest.mark.usefixtures("card")

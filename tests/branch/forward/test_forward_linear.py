@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lib_precision_lora.branch import Compute, PatchSession
+from lib_precision_lora.branch import Compute, PatchError, PatchSession
+from lib_precision_lora.branch.forward import weight_branch
 from tests.branch.forwards import Pairs, assert_exact_forward, exact_layer, forward
 from tests.branch.hosts import Holder, Linear
 from tests.branch.recipes import BASE_STD, EIGHT_MIXED, RECIPES, generator, noise, recipe
@@ -234,3 +235,22 @@ def test_an_input_passed_by_keyword_is_seen() -> None:
         session.apply_patches([patch for patch, _ in one("lora-rank-1")["weight"]])
         assert torch.equal(layer(input=x), holder(x))
         assert not torch.equal(layer(input=x), host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_are_chosen_once_and_not_in_each_forward(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.ModuleDict({"layer": linear(dtype)}), tokens(dtype, 3)
+    with PatchSession(model) as session, torch.no_grad():
+        session.apply_patches([recipe("lora-rank-1", (OUT, IN)).patch("layer.weight")[0]])
+        session.place(torch.device("cpu"), dtype)
+        first = model["layer"](x)
+        monkeypatch.setattr(weight_branch, "choose_product", refused)
+        assert torch.equal(model["layer"](x), first)
+        with pytest.raises(PatchError, match="chosen again"):
+            session.place(torch.device("cpu"), torch.float64)
+
+
+def refused(*asked: object) -> None:
+    raise AssertionError("chosen again")

@@ -16,8 +16,8 @@ from lib_precision_lora.adapters import Target
 from lib_precision_lora.adapters.terms import Dense, LowRank
 from lib_precision_lora.branch import Patch, PatchSession
 from lib_precision_lora.branch.forward import streaming
-from lib_precision_lora.branch.forward.operands import WeightBranch
 from lib_precision_lora.branch.forward.streaming import FactorStream, copied_to, map_tensors
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 from tests.families import FAMILIES, family
 
 CPU = torch.device("cpu")

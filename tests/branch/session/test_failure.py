@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib_precision_lora.branch import PatchError, PatchSession
-from lib_precision_lora.branch.forward import norm, operands
+from lib_precision_lora.branch.forward import norm, weight_branch
 from lib_precision_lora.branch.session import compose
 from lib_precision_lora.branch.session import session as session_module
 from tests.branch.hosts import SHAPES, Mixed, hooks_of, image_of
@@ -87,8 +87,8 @@ def test_an_exception_at_any_point_leaves_everything_as_it_was(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (operands.WeightBranch, "restrength"),
-        (operands.WeightBranch, "_scale"),
+        (weight_branch.WeightBranch, "restrength"),
+        (weight_branch.WeightBranch, "_scale"),
         (norm.NormBranch, "restrength"),
         (session_module, "same_structure"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib_precision_lora.adapters import LoRA
 from lib_precision_lora.branch import PatchSession
 from lib_precision_lora.branch.forward.norm import NormBranch
-from lib_precision_lora.branch.forward.operands import WeightBranch
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
 
 LAYERS = 3
 CPU = torch.device("cpu")

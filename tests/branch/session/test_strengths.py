@@ -12,7 +12,7 @@ from torch import nn
 
 from lib_precision_lora.adapters import Target
 from lib_precision_lora.branch import Patch, PatchError, PatchSession
-from lib_precision_lora.branch.forward import operands
+from lib_precision_lora.branch.forward import weight_branch
 from lib_precision_lora.branch.session import compose
 from tests.branch.hosts import SHAPES, Mixed
 from tests.branch.patch_sets import outputs, snapshot
@@ -181,8 +181,8 @@ def test_an_exception_amid_the_exchange_leaves_everything_as_it_was(
         before = snapshot(model, session)
         for call in range(1, len(LAYERS) + 1):
             with pytest.MonkeyPatch.context() as patch:
-                whole = getattr(operands.WeightBranch, name)
-                patch.setattr(operands.WeightBranch, name, failing(whole, call, error))
+                whole = getattr(weight_branch.WeightBranch, name)
+                patch.setattr(weight_branch.WeightBranch, name, failing(whole, call, error))
                 with pytest.raises(error):
                     session.apply_patches(at(SAME, 0.5, 0.25))
             assert snapshot(model, session) == before

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lib_precision_lora.adapters.operators import Blocks, Chain, Operator
 from lib_precision_lora.adapters.steps import Add, Left, Turn
-from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse
+from lib_precision_lora.adapters.terms import Dense, Hadamard, Kronecker, LowRank, Sparse, Term
 from lib_precision_lora.branch.algebra.effective import EffectiveWeight
 from lib_precision_lora.branch.algebra.reading import reading_bytes
 from lib_precision_lora.branch.algebra.sketch import Reads, SketchedWeight
 from lib_precision_lora.branch.arithmetic.chunks import Arithmetic, chunk_bytes, token_bytes, whole_terms
 from lib_precision_lora.branch.arithmetic.plain_form import PlainForm
+from lib_precision_lora.branch.arithmetic.plain_kronecker import KroneckerForm, single_kronecker
 from lib_precision_lora.branch.arithmetic.product_cost import ProductCost
 from lib_precision_lora.branch.arithmetic.stack import are_neighbours, low_rank, rank_of
 from lib_precision_lora.branch.forward.operands import is_plain, up_blocks
@@ -95,11 +96,13 @@ def footprints(
         elif attribute != "bias":
             bias = f"{path}.bias" in weights
             form = None if bias else _plain_form(site, weight, arithmetic)
-            footprint = (
-                weight_footprint(weight, site.kind, arithmetic, bias)
-                if form is None
-                else plain_footprint(weight, form, site.kind == "conv")
-            )
+            kronecker = None if bias else _kronecker_form(site, weight, arithmetic)
+            if kronecker is not None:
+                footprint = kronecker_footprint(weight, kronecker)
+            elif form is not None:
+                footprint = plain_footprint(weight, form, site.kind == "conv")
+            else:
+                footprint = weight_footprint(weight, site.kind, arithmetic, bias)
             made[path] = footprint.with_bias(rows) if bias else footprint
         elif f"{path}.weight" not in weights:
             made[path] = Footprint(stages=(linear_stage(2 * FP32 * rows),)).with_bias(rows)
@@ -202,13 +205,15 @@ def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool)
     additions = low_rank(weight.steps)
     rank = sum(map(rank_of, additions))
     sizes = [form.down_bytes(rank, inputs), rank * FP32]
-    sizes += [form.signs_bytes] if form.columns > 1 else []
+    sizes += [form.signs_bytes] if form.signed else []
     columns = 0
+    shared = _kept_down(form, additions) * sizes[0]
     for block in up_blocks(weight.steps, outputs):
         numbers = [number for number, _, _ in block]
         block_rank = sum(rank_of(additions[number]) for number in numbers)
         rows = block[0][2] - block[0][1]
         sizes.append(form.up_bytes(block_rank, rows))
+        shared += _kept_up(form, [additions[number] for number in numbers]) * sizes[-1]
         if not are_neighbours(numbers):
             sizes.append(INT64 * block_rank)
         columns = max(columns, form.columns_bytes(block_rank, rows))
@@ -216,7 +221,63 @@ def plain_footprint(weight: EffectiveWeight, form: PlainForm, convolution: bool)
     reads = _reads(weight)
     return Footprint(
         tuple(sizes),
+        shared,
         stages=tuple(stages),
+        attach_bytes=reads.peak,
+        kept_bytes=sum(reads.kept.values()),
+    )
+
+
+def _kept_factors(weight: EffectiveWeight) -> int:
+    """Bytes of the factors of one Kronecker product that are the file's own where they lie on the device."""
+    (step,) = (step for step in weight.steps if isinstance(step, Add))
+    term = step.term
+    assert isinstance(term, Kronecker)
+    own = [term.left] if term.left.dtype == torch.float32 else []
+    own += [factor for factor in term.right if factor.dtype == torch.bfloat16]
+    return sum(_bytes(factor) for factor in own if factor.is_contiguous())
+
+
+def _kept_down(form: PlainForm, additions: Sequence[Add]) -> bool:
+    """Whether down is the file's own where that lies on the device."""
+    return len(additions) == 1 and not additions[0].columns and _is_as_stored(form, additions[0].term, "down")
+
+
+def _kept_up(form: PlainForm, additions: Sequence[Add]) -> bool:
+    """Whether the up of a range of rows is the file's own, as `_kept_down`."""
+    return (
+        len(additions) == 1
+        and additions[0].row_change is None
+        and _is_as_stored(form, additions[0].term, "up")
+    )
+
+
+def _is_as_stored(form: PlainForm, term: Term, side: str) -> bool:
+    """Whether a factor is multiplied as it is: fp16 ones are brought to powers of two of their own."""
+    factor = getattr(term, side)
+    as_it_is = form.activations != torch.float16 and factor.dtype == form.activations
+    return bool(as_it_is and factor.is_contiguous())
+
+
+def _kronecker_form(site: Site, weight: EffectiveWeight, arithmetic: Arithmetic) -> KroneckerForm | None:
+    """The form of a Kronecker product that is all that is added, as `WeightBranch` decides."""
+    if site.kind != "linear" or WideInput.of(weight.stored) is not None or all_turns(weight):
+        return None
+    rows, columns = weight.stored.shape[0], math.prod(weight.stored.shape[1:])
+    term = single_kronecker(weight.steps, rows, columns)
+    if term is None:
+        return None
+    return KroneckerForm.of(arithmetic.compute, arithmetic.device, arithmetic.dtype, term)
+
+
+def kronecker_footprint(weight: EffectiveWeight, form: KroneckerForm) -> Footprint:
+    """One Kronecker product beside a linear weight."""
+    reads = _reads(weight)
+    columns = form.columns_bytes()
+    return Footprint(
+        form.factor_sizes(),
+        _kept_factors(weight),
+        stages=((Use(form.token_bytes(), form.chunk_bytes), Use(columns, columns)),),
         attach_bytes=reads.peak,
         kept_bytes=sum(reads.kept.values()),
     )

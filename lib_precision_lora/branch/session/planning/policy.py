@@ -2,7 +2,10 @@
 
     branch   none
     merge    every dense fp16 or fp32 linear, conv or embedding layer
-    auto     those of them where a branch would multiply more than a quarter of what the layer does
+    auto     those of them where a branch would cost too much of what the layer does itself:
+             on a CPU more than a quarter of its multiplications
+             on a card, for a model that makes images in steps, more than a twentieth of its time by
+             `card_cost`, which counts launches and bytes beside multiplications
 
 A merge costs a pass over the layer at every change of a strength, and one rounding; a branch costs its
 products at every step. bf16 and low-bit layers are never merged: their rounding would lose the LoRA.
@@ -20,7 +23,9 @@ from torch import Tensor, nn
 
 from lib_precision_lora.adapters.steps import Add, Left, Turn
 from lib_precision_lora.adapters.terms import Kronecker, LowRank
-from lib_precision_lora.branch.forward.operands import WeightBranch
+from lib_precision_lora.branch.arithmetic.stack import low_rank
+from lib_precision_lora.branch.forward.weight_branch import WeightBranch
+from lib_precision_lora.branch.session.planning.card_cost import branch_cost, layer_cost
 from lib_precision_lora.branch.session.sites import Site
 
 DensePolicy = Literal["branch", "merge", "auto"]
@@ -30,13 +35,26 @@ MERGED_TYPES = (torch.float32, torch.float16)
 WORTH_A_MERGE = 0.25
 """The part of a layer's own multiplications above which `auto` merges."""
 
+WORTH_A_MERGE_ON_A_CARD = 0.05
+"""The part of a layer's own time on a card above which `auto` merges there."""
+
 SMALL_LAYER = 256 * 256
-"""Below so many weights multiplications say nothing about time, and `auto` merges nothing."""
+"""Below so many weights multiplications say nothing about time, and `auto` merges nothing on a CPU."""
 
 
-def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool) -> bool:
+def steps_on_a_card(stepped: object) -> bool:
+    """Whether a model is run by a card many times for one set of LoRAs. stepped: its part of which a forward
+    is a step, None where it has none, as text encoders do: these run once, and a merge would cost more.
+
+    Asked of the process, not of where the weights lie: they may be brought to the card later.
+    """
+    return stepped is not None and torch.cuda.is_available()
+
+
+def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool, card: bool = False) -> bool:
     """Whether this module is merged. branch: what runs otherwise; alone: module and parameters stand at
-    one place of the model alone; at another they would be read unmerged, or be merged a second time."""
+    one place of the model alone; at another they would be read unmerged, or be merged a second time.
+    card: `steps_on_a_card`."""
     if policy == "branch" or not alone or branch.wide_input is not None or not _dense(site.module):
         return False
     if policy == "merge":
@@ -44,10 +62,20 @@ def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool) -
     weight = site.module.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    if site.kind == "embedding" or rows * columns < SMALL_LAYER:
+    if site.kind == "embedding":
         return False
     cost = multiplications(branch, columns, weight.dtype)
-    return cost > WORTH_A_MERGE * rows * columns
+    if card:
+        own = layer_cost(rows, columns, weight.shape[1])
+        beside = branch_cost(cost, rows, weight.shape[1], _others(branch))
+        return beside > WORTH_A_MERGE_ON_A_CARD * own
+    return rows * columns >= SMALL_LAYER and cost > WORTH_A_MERGE * rows * columns
+
+
+def _others(branch: WeightBranch) -> int:
+    """Steps and turns that are not plain additions of low rank."""
+    turns = sum(len(piece.turns) for piece in branch.pieces)
+    return turns + len(branch.steps) - len(low_rank(branch.steps))
 
 
 def multiplications(branch: WeightBranch, columns: int, dtype: torch.dtype) -> int:

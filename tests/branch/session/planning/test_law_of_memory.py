@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.family_cost import read
 from benchmarks.family_files import FILES, Sizes
-from lib_precision_lora.adapters import Adapter, Target
+from lib_precision_lora.adapters import Adapter, Target, read_adapters
 from lib_precision_lora.branch import Compute, Patch
 from tests.branch.measured_layers import Conv, Linear, Measured, measure
 from tests.families import BASE_STD, FAMILIES, INPUT_ROTATIONS, family
@@ -114,3 +114,14 @@ def test_the_prediction_holds_for_every_stored_weight(name: str, stored: str) ->
     layer = Linear(weight.parameter, shape[0], weight.module.scale_weight)
     x = torch.ones(1024, shape[1], dtype=torch.bfloat16)
     assert_law(measured_on(layer, [family(name, shape).adapter], x, "auto"))
+
+
+@pytest.mark.parametrize("name", ["lora", "lokr-right", "lokr-full"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_bf16_files_beside_bf16_activations_are_held_once_where_they_can_be(name: str, count: int) -> None:
+    sizes = Sizes(tokens=1, inputs=IN, outputs=OUT, rank=16)
+    tensors = {key: value.to(torch.bfloat16) for key, value in FILES[name].tensors(sizes).items()}
+    (adapter,) = read_adapters(tensors).values()
+    weight = torch.full((OUT, IN), BASE_STD, dtype=torch.float16)
+    x = torch.ones(512, IN, dtype=torch.bfloat16)
+    assert_law(measured_on(Linear(weight, OUT), [adapter] * count, x, "auto"))

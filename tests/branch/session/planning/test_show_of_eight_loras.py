@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.flux_layers import SHAPES, flux_layers, inputs, loras
 from lib_precision_lora.branch import PatchSession
+from lib_precision_lora.branch.arithmetic import plain_form
 from lib_precision_lora.memory.allocator import allocated_bytes
 from lib_precision_lora.memory.meter import ByteMeter
 from tests.branch.meter import metered
@@ -18,14 +19,23 @@ FACTORS = sum(2 * FILES * RANK * (out + width) for out, width in SHAPES.values()
 """Bytes of bf16 factors, by hand."""
 
 
-def test_eight_loras_take_their_factors_and_at_most_64_mib_in_place() -> None:
+@pytest.fixture(params=[False, True], ids=["products in fp32", "products in bf16"], autouse=True)
+def multiplies_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whatever this processor has."""
+    multiplies = bool(request.param)
+    monkeypatch.setattr(plain_form, "multiplies_bf16", lambda device: multiplies)
+    return multiplies
+
+
+def test_eight_loras_take_their_factors_and_at_most_64_mib_in_place(multiplies_bf16: bool) -> None:
     model, patches = flux_layers(CPU), loras(FILES, RANK)
     session = PatchSession(model)
     planned = session.footprints(patches, "auto", CPU, torch.bfloat16)
     session.apply_patches(patches)
     with torch.no_grad(), ByteMeter() as placing:
         session.place(CPU, torch.bfloat16)
-    scales = sum(2 * 4 * FILES * RANK for _ in SHAPES)
+    vectors = 1 if multiplies_bf16 else 2  # scales, and exponents of which they are made
+    scales = sum(vectors * 4 * FILES * RANK for _ in SHAPES)
     assert session.placed_bytes == FACTORS + scales == sum(each.factor_bytes for each in planned.values())
     peaks = {}
     for name in ("img_attn_qkv", "img_mlp_out", "linear1", "linear2"):
