@@ -132,7 +132,7 @@ def simulated_card(host: Host, total: int, inference: int = 0) -> Iterator[Card]
             patch.setattr(memory, name, wraps(getattr(memory, name))(replacement))
         patch.setattr(memory.LoadedModel, "model_load", wraps(load)(model_load))
         patch.setattr(memory.LoadedModel, "model_unload", wraps(unload)(model_unload))
-        if host.kind == "forge":
+        if not host.double:
             patch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
             patch.setattr(memory, "lowvram_available", True)
         yield card

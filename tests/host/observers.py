@@ -19,14 +19,7 @@ LOGGER = "lib_precision_lora"
 
 def swapped(host: Host) -> dict[str, Any]:
     """The functions of the host that we put ours in the place of."""
-    return {
-        "refresh": host.lora.LoraLoader.refresh,
-        "load_models_gpu": host.memory.load_models_gpu,
-        "model_load": host.memory.LoadedModel.model_load,
-        "model_unload": host.memory.LoadedModel.model_unload,
-        "load_networks": host.networks.load_networks,
-        "cached_params": host.processing.StableDiffusionProcessing.cached_params,
-    }
+    return {name: getattr(owner, key) for name, (owner, key) in host.contract.swapped.items()}
 
 
 def bases_of(checkpoint: Checkpoint) -> dict[str, tuple[int, bytes]]:

@@ -264,7 +264,7 @@ PATCHES = dict(_their_values())
 
 
 def test_any_sequence_gives_the_right_image(host_kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    Lifecycle.kind, Lifecycle.data = host_kind, tmp_path_factory.getbasetemp() / "forge-data"
+    Lifecycle.kind, Lifecycle.data = host_kind, tmp_path_factory.getbasetemp() / "host-data"
     examples = os.environ.get("PRECISION_LORA_LIFECYCLE")
     run_state_machine_as_test(
         Lifecycle,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.neo.webui import HOW_TO_RUN
+from tests.neo.real_neo import HOW_TO_RUN
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,6 @@ FLAGS = (
     "--api",
     "--server-name=127.0.0.1",
 )
-HOW_TO_RUN = (
-    "needs a Forge Neo and the Python that runs it: NEO_ROOT=/path/to/sd-webui-forge-classic <its python> "
-    "-m pytest tests/neo"
-)
 
 
 class NeoUI(WebUI):

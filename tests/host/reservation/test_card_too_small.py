@@ -139,7 +139,7 @@ def test_no_request_is_above_the_card_whatever_is_asked(
         float(n) for n in re.findall(r"(?:Trying to free|Inference Require:) ([\d.e+na]+) MB", printed)
     ]
     assert all(number <= 500 for number in numbers)
-    assert bool(numbers) == (host.kind == "forge")
+    assert bool(numbers) == (not host.double)
 
 
 @pytest.mark.parametrize(
