@@ -1,13 +1,13 @@
-"""Small doubles of Forge and of Forge Neo: our own modules that behave like a host's where the binding meets it.
+"""Small doubles of Forge and of Forge Neo: our own modules that behave like a host's where we meet it.
 
 `forge/` and `neo/` mirror the paths of one host's modules, `shared/` those that are the same in both.
-`load_double` imports them under the host's names without leaving them, or the names, behind. What is kept true
-to the hosts: names and signatures; the format of patches; `current_lora_hash`; the cache of text conditioning;
-exceptions swallowed while extra networks are activated; when a checkpoint is loaded anew, and what is set and
-restored around a generation. Of Forge: `refresh`, which merges into the weights, keeps a backup and skips an
-unchanged list of identifiers; `load_models_gpu`, which skips a patcher that is loaded already. Of Neo: patchers
-that are held weakly, and place and merge layer by layer where their `patches_uuid` is not the model's; models
-that give way in part. The same tests run on the real hosts.
+`load_double` imports them under the host's names without leaving them, or the names, behind. What is kept
+true to the hosts: names and signatures; the format of patches; `current_lora_hash`; the cache of text
+conditioning; exceptions swallowed while extra networks are activated; when a checkpoint is loaded anew, and
+what is set and restored around a generation. Of Forge: `refresh`, which merges into the weights, keeps a
+backup and skips an unchanged list of identifiers; `load_models_gpu`, which skips a patcher that is loaded
+already. Of Neo: patchers that are held weakly, and place and merge layer by layer where their `patches_uuid`
+is not the model's; models that give way in part. The same tests run on the real hosts.
 Their folders have no `__init__.py`, as the hosts': `inspect` takes a change in that, under one name, amiss.
 """
 

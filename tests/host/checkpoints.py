@@ -132,6 +132,8 @@ class Checkpoint:
             encoder = TextEncoder().requires_grad_(False)
         self.exact_model, self.exact_encoder = copy.deepcopy(model).double(), copy.deepcopy(encoder).double()
         self.host, self.encodes = host, 0
+        for each in (model, encoder):
+            host.contract.prepare(each)
         device, cpu = host.memory.get_torch_device(), torch.device("cpu")
         clip = host.clip.CLIP({"clip_l": encoder}, {}) if text_encoder else None
         unet = host.unet.UnetPatcher(model, load_device=device, offload_device=cpu)

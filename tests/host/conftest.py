@@ -1,5 +1,5 @@
-"""Every test of this folder runs against the doubles of Forge and of Forge Neo, and against the real ones where
-FORGE_ROOT and NEO_ROOT point at them: each with the Python that runs it.
+"""Every test of this folder runs against the doubles of Forge and of Forge Neo, and against the real ones
+where FORGE_ROOT and NEO_ROOT point at them: each with the Python that runs it.
 
 `only_on` marks what is about one of the two alone.
 """

@@ -1,4 +1,4 @@
-"""What differs between the hosts, where tests look at it: how each keeps patches, and merges them by itself."""
+"""What differs between the hosts where tests look at it: how each keeps patches, and merges by itself."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from tests.host.neo_layers import cast_on_the_fly
 
 if TYPE_CHECKING:
     from tests.host.checkpoints import Checkpoint
 
 Modules = Mapping[str, ModuleType]
+ENDINGS = {"up": "lora_up.weight", "down": "lora_down.weight"}
 
 
 class Contract(ABC):
     """Of one host. modules: its own, by name; name: as in `FORGE_ROOT` and `NEO_ROOT`, in small letters;
     same_twice_adds: whether the host counts a file twice that stands in a prompt twice at one strength;
-    keeps_objects: whether the host puts the same objects back after a merge."""
+    keeps_objects: whether the host puts the same objects back after a merge; kept: the argument of its
+    `load_models_gpu` for what is to stay free beside the weights."""
 
     name: str
     same_twice_adds: bool
     keeps_objects: bool
+    kept: str
     preset: Mapping[str, Any] = {}
     """What its `checkpoint_change` is given besides."""
 
@@ -42,12 +47,24 @@ class Contract(ABC):
             "cached_params": (processing.StableDiffusionProcessing, "cached_params"),
         }
 
-    def patch_value(self, family: str, tensors: Mapping[str, Tensor]) -> Any:
-        """A patch as the host makes it of a file's tensors, by the endings of their keys."""
-        named = {f"layer.{key}": value for key, value in tensors.items()}
+    def patch_value(self, **tensors: Tensor) -> Any:
+        """A patch as the host makes it of a file's tensors, by the endings of their keys ("_" for ".")."""
+        named = {f"layer.{ENDINGS.get(key, key)}": value for key, value in tensors.items()}
         patches, rest = self.modules["backend.patcher.lora"].load_lora(named, {"layer": "layer.weight"})
-        assert not rest, family
+        assert not rest
         return patches["layer.weight"]
+
+    @property
+    @abstractmethod
+    def placing(self) -> tuple[Any, str]:
+        """The method by which the host moves a model's weights to the device: owner and name."""
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027  Forge takes any layers
+        """Give a new model the layers that the host's own have."""
+
+    @abstractmethod
+    def online(self, checkpoint: Checkpoint) -> int:
+        """Modules of the model into which the host merges anew in every forward."""
 
     @abstractmethod
     def merged(self, checkpoint: Checkpoint) -> set[str]:
@@ -57,7 +74,7 @@ class Contract(ABC):
     def stored(self, weight: Tensor, like: Any, name: str) -> Tensor:
         """A merged weight in fp32, as the host then stores it in this type."""
 
-    def forget_files(self) -> None:
+    def forget_files(self) -> None:  # noqa: B027  a host may keep none
         """As if the host had read no file yet."""
 
     def loading_arguments(self) -> dict[str, Any]:
@@ -71,11 +88,19 @@ class ForgeContract(Contract):
     name = "forge"
     same_twice_adds = False
     keeps_objects = True
+    kept = "hard_memory_preservation"
 
     @property
     def swapped(self) -> dict[str, tuple[Any, str]]:
         loader = self.modules["backend.patcher.lora"].LoraLoader
         return {"refresh": (loader, "refresh"), **super().swapped}
+
+    @property
+    def placing(self) -> tuple[Any, str]:
+        return self.modules["backend.memory_management"].LoadedModel, "model_load"
+
+    def online(self, checkpoint: Checkpoint) -> int:
+        return sum(hasattr(module, "forge_online_loras") for module in checkpoint.model.modules())
 
     def merged(self, checkpoint: Checkpoint) -> set[str]:
         found = set(checkpoint.model.lora_loader.backup)
@@ -96,7 +121,21 @@ class NeoContract(Contract):
     name = "neo"
     same_twice_adds = True
     keeps_objects = False
+    kept = "minimum_memory_required"
     preset: Mapping[str, Any] = {"preset": None}
+
+    def prepare(self, model: nn.Module) -> None:
+        cast_on_the_fly(model)
+
+    @property
+    def placing(self) -> tuple[Any, str]:
+        """Its `model_load` is called for every image, and then finds that nothing has changed."""
+        return self.modules["backend.patcher.base"].ModelPatcher, "load"
+
+    def online(self, checkpoint: Checkpoint) -> int:
+        functions = ("weight_function", "bias_function")
+        modules = checkpoint.model.modules()
+        return sum(any(getattr(module, name, None) for name in functions) for module in modules)
 
     def merged(self, checkpoint: Checkpoint) -> set[str]:
         """Every clone of a patcher has the same `backup`."""

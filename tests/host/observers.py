@@ -55,15 +55,17 @@ def branches(model: nn.Module) -> int:
 
 
 def count_loads(host: Host, patch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows by a patcher for every model that the host loads, that is: places and refreshes."""
+    """A list that grows by a patcher for every model that the host places."""
     loads: list[Any] = []
-    load = host.memory.LoadedModel.model_load
+    owner, name = host.contract.placing
+    load = getattr(owner, name)
 
-    def counting(loaded: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        loads.append(type(loaded.model.model).__name__)
-        return load(loaded, *args, **kwargs)
+    def counting(placed: Any, *args: Any, **kwargs: Any) -> Any:
+        model = placed.model if isinstance(placed.model, nn.Module) else placed.model.model
+        loads.append(type(model).__name__)
+        return load(placed, *args, **kwargs)
 
-    patch.setattr(host.memory.LoadedModel, "model_load", counting)
+    patch.setattr(owner, name, counting)
     return loads
 
 

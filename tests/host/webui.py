@@ -20,7 +20,7 @@ from tests.forge.real_forge import HOW_TO_RUN as FORGE
 from tests.host.contracts import CONTRACTS, Contract
 from tests.neo.real_neo import HOW_TO_RUN as NEO
 
-KINDS = ("double", "forge")
+KINDS = ("double", "neo double", "forge", "neo")
 """The double of Forge stands first: it is the older one, and what has no name is about it."""
 
 HOW_TO_RUN = {

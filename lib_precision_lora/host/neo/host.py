@@ -25,6 +25,7 @@ from lib_precision_lora.host.replacement import Replacement
 class NeoHost(Host):
     name = "Forge Neo"
     gives_way = True
+    applies_once = False
 
     def __init__(self) -> None:
         from backend import memory_management
@@ -89,6 +90,15 @@ class NeoHost(Host):
         reserved = self.memory.extra_reserved_memory()
         return float(max(self.memory.minimum_inference_memory(), required + reserved))
 
+    def _with(self, kept: float, required: float) -> float:
+        """What Neo is to be asked for, so that it keeps so much more free than for `required` alone: it takes
+        the larger one of that and the least for any image, and would count ours as a part of the least."""
+        total = self.memory.get_total_memory(self.memory.get_torch_device())
+        reserved = self.memory.extra_reserved_memory()
+        if kept:
+            required = self.beside(required) - reserved + kept
+        return min(max(0.0, float(total) - reserved), required)
+
     def replacements(self, follower: Follower) -> list[Replacement]:
         self._follower = follower
         loaded = self.memory.LoadedModel
@@ -105,11 +115,10 @@ class NeoHost(Host):
                 def place(required: float, kept: float) -> None:
                     """What is to be kept free counts in both: one makes other models give way, the other
                     these ones, layer by layer. With Neo's own reserve on top it is no more than the card."""
-                    total = self.memory.get_total_memory(self.memory.get_torch_device())
-                    most = max(0.0, float(total) - self.memory.extra_reserved_memory())
                     least = minimum_memory_required
-                    least = None if least is None else min(most, least + kept)
-                    host_load(models, min(most, required + kept), force_patch_weights, least, *args, **kwargs)
+                    least = None if least is None else self._with(kept, least)
+                    required = self._with(kept, required)
+                    host_load(models, required, force_patch_weights, least, *args, **kwargs)
 
                 follower.load(LoadRequest(models, memory_required), place)
 

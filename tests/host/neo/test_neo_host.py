@@ -114,11 +114,15 @@ def match_of(value: object) -> FileMatch:
 
 @pytest.mark.parametrize("least", [None, 300.0])
 def test_a_reserve_counts_in_both_of_the_memory_arguments(neo: Any, least: float | None) -> None:
+    """Beside what Neo keeps free for any image, where that is more than what this one needs."""
     neo.follower.reserve = 500.0
     neo.memory.load_models_gpu([], 1000.0, minimum_memory_required=least, force_full_load=True)
     (((models, required, force, minimum), named),) = neo.requests
     assert (models, required, force, named) == ([], 1500.0, False, {"force_full_load": True})
-    assert minimum == (None if least is None else 800.0)
+    assert minimum == (None if least is None else LEAST - RESERVED + 500.0)
+    neo.follower.reserve = 0.0
+    neo.memory.load_models_gpu([], 1000.0, minimum_memory_required=least)
+    assert neo.requests[1][0] == ([], 1000.0, False, least)
 
 
 def test_no_request_is_larger_than_the_card(neo: Any) -> None:

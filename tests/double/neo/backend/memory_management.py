@@ -109,10 +109,11 @@ class LoadedModel:
 
     def model_unload(self, memory_to_free: float | None = None, unpatch_weights: bool = True) -> bool:
         """False where only a part of it had to go."""
-        if memory_to_free is not None and memory_to_free < self.model.loaded_size():
-            if self.model.partially_unload(self.model.offload_device, memory_to_free) >= memory_to_free:
-                return False
-        self.model.detach(unpatch_weights)
+        wanted, patcher = memory_to_free, self.model
+        in_part = wanted is not None and wanted < patcher.loaded_size()
+        if in_part and patcher.partially_unload(patcher.offload_device, wanted) >= wanted:
+            return False
+        patcher.detach(unpatch_weights)
         self.model_finalizer.detach()
         self.model_finalizer = self.real_model = None
         return True

@@ -37,7 +37,7 @@ class Leaf:
     parameters: tuple[str, ...]
     casts: bool
 
-    def keys(self) -> Iterator[tuple[str, str]]:
+    def named(self) -> Iterator[tuple[str, str]]:
         """Each parameter, and its name in the model."""
         for parameter in self.parameters:
             yield parameter, f"{self.name}.{parameter}"
@@ -165,7 +165,7 @@ class ModelPatcher:
 
     def _on_the_fly(self, leaf: Leaf) -> None:
         """Compute from where the weights are, with what is patched on them."""
-        for parameter, key in leaf.keys():
+        for parameter, key in leaf.named():
             if key in self.patches:
                 setattr(leaf.module, f"{parameter}_function", [OnTheFly(key, self.patches)])
         if leaf.casts:
@@ -191,10 +191,10 @@ class ModelPatcher:
         for leaf in here:
             if getattr(leaf.module, "forge_patched_weights", False):
                 continue
-            if any(self._online(key) for _, key in leaf.keys()):
+            if any(self._online(key) for _, key in leaf.named()):
                 self._on_the_fly(leaf)
             else:
-                for _, key in leaf.keys():
+                for _, key in leaf.named():
                     self.patch_weight_to_device(key, device_to)
             leaf.module.forge_patched_weights = True
             leaf.module.to(device_to)
@@ -236,7 +236,7 @@ class ModelPatcher:
                 break
             if not getattr(leaf.module, "forge_patched_weights", False):
                 continue
-            merged = [key for _, key in leaf.keys() if key in self.backup]
+            merged = [key for _, key in leaf.named() if key in self.backup]
             if merged and not leaf.casts:
                 continue
             for key in merged:
@@ -253,8 +253,8 @@ class ModelPatcher:
         return freed
 
     def partially_load(self, device_to: Any, extra_memory: float = 0) -> int:
-        """Let the model have so much more of the device, or less; other patches than before take all of it off
-        first."""
+        """Let the model have so much more of the device, or less; with other patches than before, all of it
+        leaves first."""
         placed = self.model.current_weight_patches_uuid
         anew = placed is not None and placed != self.patches_uuid
         used = self.loaded_size()

@@ -52,7 +52,7 @@ def string_to_seed(data: str) -> int:
 def merge_lora_to_weight(
     patches: Any, weight: Tensor, key: str, computation_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Every patch (strength, value, base factor, offset, function, online) in turn, into the weight itself."""
+    """Every patch (strength, value, base factor, offset, function, online) in turn, in place."""
     for strength, value, base_factor, offset, function, _ in patches:
         part = weight if offset is None else weight.narrow(*offset)
         if base_factor != 1.0:
