@@ -109,6 +109,11 @@ class Budgeting:
             return size
         return float(total)
 
+    def attached(self, model: nn.Module) -> bool:
+        """Whether anything of ours is on this model."""
+        session = self._sessions.get(model)
+        return session is not None and bool(session.attached)
+
     def placed(self, model: nn.Module) -> int:
         """Bytes of this model's factors that stand on the device."""
         session = self._sessions.get(model)

@@ -134,10 +134,11 @@ class MemoryPlanner:
     def place(self, patcher: Any) -> None:
         """Bring the factors to the device; a file for which that fails is left out."""
         model, start = patcher.model, time.perf_counter()
-        session, decided = self._session(model), self._plans.get(model)
+        decided, session = self._plans.get(model), None
         if decided is None:
             return
         try:
+            session = self._session(model)
             while session.attached:
                 try:
                     with self._stage("placing LoRAs") as tick:
@@ -154,7 +155,8 @@ class MemoryPlanner:
         except Exception:  # the first forward places them as well
             logger.exception("placing LoRAs failed; please report it with the console's log")
         finally:
-            self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
+            if session is not None:
+                self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
     def guard(self, host_free_memory: Callable[..., Any]) -> Callable[..., Any]:
         """The host's `free_memory`, never asked for more than the card has."""
@@ -180,7 +182,7 @@ class MemoryPlanner:
         """
         decided = [(model, self._plans.get(model)) for model in models]
         plans = [(model, each.plan) for model, each in decided if each is not None]
-        plans = [(model, plan) for model, plan in plans if self._session(model).attached]
+        plans = [(model, plan) for model, plan in plans if self._budgeting.attached(model)]
         if not plans:
             return None
         placed = [self._measured.get(model, Placed()) for model, _ in plans]
