@@ -75,9 +75,9 @@ class Jobs:
             raise RuntimeError(f"no room for {storage}")
         checkpoint: Any = Checkpoint(self.host, file.seed)
         checkpoint.model.storage_dtype = storage or torch.float32
-        checkpoint.forge_objects.vae = SimpleNamespace(latent_channels=4)
+        checkpoint.forge_objects.vae = SimpleNamespace(latent_channels=4, upscale_ratio=8)
         checkpoint.forge_objects_original.vae = checkpoint.forge_objects.vae
-        checkpoint.tiling_enabled, checkpoint.model_config = False, SimpleNamespace()
+        checkpoint.tiling_enabled = False
         return checkpoint
 
     def new(

@@ -172,7 +172,7 @@ class ModelPatcher:
             leaf.module.prev_parameters_manual_cast = leaf.module.parameters_manual_cast
             leaf.module.parameters_manual_cast = True
 
-    def load(self, device_to: Any, lowvram_model_memory: float = 0, full_load: bool = False) -> None:
+    def load(self, device_to: Any = None, lowvram_model_memory: float = 0, full_load: bool = False) -> None:
         """Bring the largest leaves to the device, merged, as many as fit; all with `full_load`."""
         loaded, buffer, away, here = 0, 0, 0, []
         for leaf in sorted(self._leaves(), key=lambda leaf: (leaf.transient, leaf.size), reverse=True):
