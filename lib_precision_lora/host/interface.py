@@ -79,6 +79,10 @@ class Host(ABC):
     gives_way: bool
     applies_once: bool
 
+    def loaded(self) -> list[Any]:
+        """The host's entries of loaded models whose patcher is still there: a host may hold it weakly."""
+        return [each for each in self.memory.current_loaded_models if each.model is not None]
+
     @abstractmethod
     def patches(self, patcher: Any) -> HostPatches:
         """Those that this patcher's model is to have, in our format."""

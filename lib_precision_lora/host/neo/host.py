@@ -1,7 +1,8 @@
 """Haoming02's Forge Neo: ComfyUI's patcher under Forge's page.
 
 load_models_gpu           plan the memory and tell the host first; attach after it has placed its models
-LoadedModel.model_load    where layers are placed one by one, let the host find its own parameters there
+LoadedModel.model_load    where layers are placed one by one, or other patches are merged, let the host find
+                          its own parameters there
 LoadedModel.model_unload  take the factors off the device with the model, once all of it leaves
 
 Patches that other extensions put on Neo's patchers go Neo's way, beside ours on the same layer.
@@ -127,9 +128,10 @@ class NeoHost(Host):
         def make_model_load(host_load: Callable[..., Any]) -> Callable[..., Any]:
             def model_load(loaded: Any, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
                 model = getattr(loaded.model, "model", None)
-                if lowvram_model_memory and isinstance(model, nn.Module):
+                if isinstance(model, nn.Module):
                     held = getattr(model, "model_loaded_weight_memory", 0)
-                    if held + lowvram_model_memory <= loaded.model_memory():
+                    in_part = lowvram_model_memory and held + lowvram_model_memory <= loaded.model_memory()
+                    if in_part or _patched_anew(loaded.model, model):
                         follower.unmerge(model)
                 return host_load(loaded, lowvram_model_memory, *args, **kwargs)
 
@@ -153,6 +155,13 @@ class NeoHost(Host):
             Replacement(loaded, "model_load", make_model_load),
             Replacement(loaded, "model_unload", make_model_unload),
         ]
+
+
+def _patched_anew(patcher: Any, model: nn.Module) -> bool:
+    """Whether Neo is about to put back what it has merged, and to merge other patches: it would keep what
+    stands there as its own."""
+    placed = getattr(model, "current_weight_patches_uuid", None)
+    return bool(getattr(patcher, "patches_uuid", None) != placed)
 
 
 def _merge(patches: HostPatches) -> None:

@@ -122,7 +122,7 @@ class Budgeting:
     def _free_without_models(self, device: Any) -> int:
         """What is free once every model and every factor has left the device."""
         held = 0
-        for loaded in self._host.memory.current_loaded_models:
+        for loaded in self._host.loaded():
             if loaded.device == device:
                 held += self._host.size(loaded.model.model, loaded.device)
                 held += self.placed(loaded.model.model)

@@ -202,7 +202,7 @@ class MemoryPlanner:
     def _make_room(self, patcher: Any, models: Sequence[Any], needed: float) -> None:
         """Unload a model that stands on the card where the host would leave too little beside it."""
         host, device, model = self._host.memory, patcher.load_device, patcher.model
-        here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
+        here = [loaded for loaded in self._host.loaded() if loaded.model.model is model]
         granted, wanted = self._granted.get(model, 0), self._plans[model].plan.reserve_bytes
         files = frozenset(source_of(key) for key in self._host.patches(patcher))
         same_files = self._granted_for.get(model) == files
@@ -212,7 +212,7 @@ class MemoryPlanner:
             return
         if wanted > granted * A_LITTLE_MORE:
             self._granted[model] = wanted
-            keep = [each for each in host.current_loaded_models if any(each.model is m for m in models)]
+            keep = [each for each in self._host.loaded() if any(each.model is m for m in models)]
             host.free_memory(needed, device, [*keep, *here])
             if host.get_free_memory(device) >= needed:
                 return

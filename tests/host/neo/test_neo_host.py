@@ -146,13 +146,17 @@ def test_of_a_model_that_leaves_in_part_nothing_is_missing(neo: Any, gone: bool,
     assert steps == ["unmerge", *(["release"] if gone else ["bring"] if merged else [])]
 
 
-def test_layers_are_unmerged_only_where_a_model_is_placed_in_part(neo: Any) -> None:
+def test_layers_are_unmerged_only_where_a_model_is_placed_in_part_or_patched_anew(neo: Any) -> None:
     loaded = neo.memory.LoadedModel(engine_of(neo.model).forge_objects.unet)
+    neo.model.current_weight_patches_uuid = loaded.model.patches_uuid
     loaded.model_load(5000)
     loaded.model_load()
     assert neo.follower.told == []
     loaded.model_load(500)
     assert neo.follower.told == [("unmerge", neo.model)]
+    neo.model.current_weight_patches_uuid = "another one"
+    loaded.model_load()
+    assert neo.follower.told == [("unmerge", neo.model)] * 2
 
 
 def test_loras_lie_beside_the_patchers_by_model(neo: Any) -> None:
