@@ -250,7 +250,7 @@ class Binding:
                 return
             if reason is not None and names:
                 logger.info("LoRAs are left to the WebUI: %s", reason)
-            self._begin_set(WEBUI, "")
+            self._begin_set(WEBUI, "", once=self.host.applies_once)
             self.stand_back()
             present = self.record.present
             for file in zip(names, unet_multipliers or (), te_multipliers or (), strict=False):
@@ -264,9 +264,9 @@ class Binding:
 
         return load_networks
 
-    def _begin_set(self, patcher: str, compute: str, text_encoders: bool = True) -> None:
+    def _begin_set(self, patcher: str, compute: str, text_encoders: bool = True, once: bool = False) -> None:
         """The prompt's LoRAs are being set."""
-        self.record.begin(patcher, compute, text_encoders)
+        self.record.begin(patcher, compute, text_encoders, once)
         self.notices.begin()
         for session in self.following.sessions.values():
             session.try_again()

@@ -69,13 +69,19 @@ class Follower(Protocol):
 class Host(ABC):
     """name: for messages; memory: the WebUI's `memory_management`; lora: the module with its key maps;
     samplers: the modules in which `sampling_prepare` is called; gives_way: whether a model that is loaded
-    makes room by itself where more is to be kept free."""
+    makes room by itself where more is to be kept free; applies_once: whether it applies the same file at the
+    same strength once, however often a prompt names it."""
 
     name: str
     memory: Any
     lora: Any
     samplers: Sequence[Any]
     gives_way: bool
+    applies_once: bool
+
+    def loaded(self) -> list[Any]:
+        """The host's entries of loaded models whose patcher is still there: a host may hold it weakly."""
+        return [each for each in self.memory.current_loaded_models if each.model is not None]
 
     @abstractmethod
     def patches(self, patcher: Any) -> HostPatches:

@@ -1,12 +1,14 @@
-"""A small double of Forge: our own modules that behave like the host's where the binding meets it.
+"""Small doubles of Forge and of Forge Neo: our own modules that behave like a host's where we meet it.
 
-`webui/` mirrors the paths of the host's modules. `load_double` imports them under the host's names without
-leaving them, or the names, behind. What is kept true to the host: names and signatures; `refresh`, which
-merges into the weights, keeps a backup and skips an unchanged list of identifiers; `load_models_gpu`, which
-skips a patcher that is loaded already; the format of patches; `current_lora_hash`; the cache of text
+`forge/` and `neo/` mirror the paths of one host's modules, `shared/` those that are the same in both.
+`load_double` imports them under the host's names without leaving them, or the names, behind. What is kept
+true to the hosts: names and signatures; the format of patches; `current_lora_hash`; the cache of text
 conditioning; exceptions swallowed while extra networks are activated; when a checkpoint is loaded anew, and
-what is set and restored around a generation. The same tests run on the real host.
-Its folders have no `__init__.py`, as the host's: `inspect` takes a change in that, under one name, amiss.
+what is set and restored around a generation. Of Forge: `refresh`, which merges into the weights, keeps a
+backup and skips an unchanged list of identifiers; `load_models_gpu`, which skips a patcher that is loaded
+already. Of Neo: patchers that are held weakly, and place and merge layer by layer where their `patches_uuid`
+is not the model's; models that give way in part. The same tests run on the real hosts.
+Their folders have no `__init__.py`, as the hosts': `inspect` takes a change in that, under one name, amiss.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-WEBUI = Path(__file__).parent / "webui"
-TOP_LEVEL = frozenset({"backend", "modules", "modules_forge", "networks", "network", "extra_networks_lora"})
-"""The host's top-level names."""
+FOLDER = Path(__file__).parent
+TOP_LEVEL = frozenset(
+    {
+        *("backend", "modules", "modules_forge", "networks", "network", "extra_networks_lora"),
+        *("lora_families", "lora_folder"),
+    }
+)
+"""The hosts' top-level names, and those of what the doubles share."""
 
 
 def host_modules() -> dict[str, ModuleType]:
@@ -37,14 +44,16 @@ def put_host_modules(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
 
 
 @cache
-def load_double() -> dict[str, ModuleType]:
-    """The double's modules by name; imported once, then found."""
-    before = put_host_modules({})
-    sys.path.insert(0, str(WEBUI))
+def load_double(host: str) -> dict[str, ModuleType]:
+    """The modules of one host's double (`forge` or `neo`) by name; imported once, then found."""
+    folders = FOLDER / host, FOLDER / "shared"
+    before, path = put_host_modules({}), list(sys.path)
+    sys.path[:0] = [str(folder) for folder in folders]
     try:
-        for file in sorted(WEBUI.rglob("*.py")):
-            import_module(".".join(file.relative_to(WEBUI).with_suffix("").parts))
+        for folder in folders:
+            for file in sorted(folder.rglob("*.py")):
+                import_module(".".join(file.relative_to(folder).with_suffix("").parts))
         return host_modules()
     finally:
-        sys.path.remove(str(WEBUI))
+        sys.path[:] = path
         put_host_modules(before)

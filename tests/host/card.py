@@ -78,18 +78,46 @@ def card_with_us(host: Host, total: int, inference: int = 0) -> Iterator[Card]:
 def simulated_card(host: Host, total: int, inference: int = 0) -> Iterator[Card]:
     """The card in the place of the host's CPU, under everything that is installed from now on."""
     card, memory = Card(total, inference=inference), host.memory
-    load_models, free_memory = memory.load_models_gpu, memory.free_memory
-    module_size = memory.module_size
+    free_memory = memory.free_memory
+
+    def free(memory_required: float, *args: Any, **kwargs: Any) -> Any:
+        card.freed.append(memory_required)
+        return free_memory(memory_required, *args, **kwargs)
+
+    def get_free_memory(dev: Any = None, torch_free_too: bool = False) -> Any:
+        return (card.free(), 0) if torch_free_too else card.free()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, replacement in {
+            "free_memory": free,
+            "get_torch_device": lambda: DEVICE,
+            "text_encoder_device": lambda: DEVICE,
+            "is_device_cpu": lambda device: device.type == "cpu" and device.index is None,
+            "get_total_memory": lambda *_, **__: card.total,
+            "get_free_memory": get_free_memory,
+            "minimum_inference_memory": lambda: card.inference,
+        }.items():
+            patch.setattr(memory, name, wraps(getattr(memory, name))(replacement))
+        (_forge_card if host.name == "forge" else _neo_card)(host, card, patch)
+        if not host.double:
+            patch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
+            patch.setattr(memory, "lowvram_available", True)
+        yield card
+
+
+def _names(models: Any) -> str:
+    return "+".join(type(patcher.model).__name__ for patcher in models)
+
+
+def _forge_card(host: Host, card: Card, patch: pytest.MonkeyPatch) -> None:
+    """Forge places a model as a whole, or with so many bytes."""
+    memory = host.memory
+    load_models, module_size = memory.load_models_gpu, memory.module_size
     load, unload = memory.LoadedModel.model_load, memory.LoadedModel.model_unload
 
     def load_models_gpu(models: Any, memory_required: float = 0, hard_memory_preservation: float = 0) -> None:
-        names = "+".join(type(patcher.model).__name__ for patcher in models)
-        card.requests.append((names, memory_required, hard_memory_preservation))
+        card.requests.append((_names(models), memory_required, hard_memory_preservation))
         load_models(models, memory_required, hard_memory_preservation)
-
-    def free(memory_required: float, *args: Any, **kwargs: Any) -> None:
-        card.freed.append(memory_required)
-        free_memory(memory_required, *args, **kwargs)
 
     def model_load(loaded: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> nn.Module:
         model, budget = loaded.model.model, model_gpu_memory_when_using_cpu_swap
@@ -114,25 +142,48 @@ def simulated_card(host: Host, total: int, inference: int = 0) -> Iterator[Card]
             return size_of(module) - card.on(module)
         return module_size(module, exclude_device, include_device, **more)
 
-    def get_free_memory(dev: Any = None, torch_free_too: bool = False) -> Any:
-        return (card.free(), 0) if torch_free_too else card.free()
+    patch.setattr(memory, "load_models_gpu", wraps(load_models)(load_models_gpu))
+    patch.setattr(memory, "module_size", wraps(module_size)(size_on))
+    patch.setattr(memory.LoadedModel, "model_load", wraps(load)(model_load))
+    patch.setattr(memory.LoadedModel, "model_unload", wraps(unload)(model_unload))
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, replacement in {
-            "load_models_gpu": load_models_gpu,
-            "free_memory": free,
-            "module_size": size_on,
-            "get_torch_device": lambda: DEVICE,
-            "text_encoder_device": lambda: DEVICE,
-            "is_device_cpu": lambda device: device.type == "cpu" and device.index is None,
-            "get_total_memory": lambda *_, **__: card.total,
-            "get_free_memory": get_free_memory,
-            "minimum_inference_memory": lambda: card.inference,
-        }.items():
-            patch.setattr(memory, name, wraps(getattr(memory, name))(replacement))
-        patch.setattr(memory.LoadedModel, "model_load", wraps(load)(model_load))
-        patch.setattr(memory.LoadedModel, "model_unload", wraps(unload)(model_unload))
-        if host.kind == "forge":
-            patch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
-            patch.setattr(memory, "lowvram_available", True)
-        yield card
+
+def _neo_card(host: Host, card: Card, patch: pytest.MonkeyPatch) -> None:
+    """Neo places and takes off layer by layer, and counts what is there. It is an NVIDIA card, and nothing is
+    reserved beside `inference`. What is to be kept free is a part of what Neo is asked for."""
+    memory, patcher_class = host.memory, host.base.ModelPatcher
+    load_models = memory.load_models_gpu
+    load, unpatch, unload = patcher_class.load, patcher_class.unpatch_model, patcher_class.partially_unload
+
+    def load_models_gpu(models: Any, memory_required: float = 0, *args: Any, **kwargs: Any) -> None:
+        kept = max(0.0, memory_required - card.inference)
+        card.requests.append((_names(models), memory_required, kept))
+        load_models(models, memory_required, *args, **kwargs)
+
+    def counted(patcher: Any) -> None:
+        model = patcher.model
+        card.models[model] = model.model_loaded_weight_memory if model.device == DEVICE else 0
+
+    def place(patcher: Any, *args: Any, **kwargs: Any) -> None:
+        load(patcher, *args, **kwargs)
+        counted(patcher)
+        card.placements.append((type(patcher.model).__name__, card.on(patcher.model)))
+
+    def leave(patcher: Any, *args: Any, **kwargs: Any) -> None:
+        before = card.on(patcher.model)
+        unpatch(patcher, *args, **kwargs)
+        counted(patcher)
+        if before and not card.on(patcher.model):
+            card.evictions.append(type(patcher.model).__name__)
+
+    def give_way(patcher: Any, *args: Any, **kwargs: Any) -> Any:
+        freed = unload(patcher, *args, **kwargs)
+        counted(patcher)
+        return freed
+
+    patch.setattr(memory, "load_models_gpu", wraps(load_models)(load_models_gpu))
+    patch.setattr(memory, "extra_reserved_memory", lambda: 0)
+    patch.setattr(memory, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+    patch.setattr(patcher_class, "load", wraps(load)(place))
+    patch.setattr(patcher_class, "unpatch_model", wraps(unpatch)(leave))
+    patch.setattr(patcher_class, "partially_unload", wraps(unload)(give_way))

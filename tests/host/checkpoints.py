@@ -122,6 +122,19 @@ class TextEncoder(nn.Module):
         return self.get_submodule(TEXT_LAYER.removeprefix("clip_l."))(x)
 
 
+class SavedNames:
+    """By which names Neo saves what a checkpoint consists of: those that Forge writes by itself."""
+
+    def process_unet_state_dict_for_saving(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"model.diffusion_model.{name}": value for name, value in state.items()}
+
+    def process_clip_state_dict_for_saving(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"text_encoders.{name}": value for name, value in state.items()}
+
+    def process_vae_state_dict_for_saving(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"vae.{name}": value for name, value in state.items()}
+
+
 class Checkpoint:
     """The host's engine, as far as LoRAs go. encodes: how often text conditioning was computed."""
 
@@ -132,6 +145,8 @@ class Checkpoint:
             encoder = TextEncoder().requires_grad_(False)
         self.exact_model, self.exact_encoder = copy.deepcopy(model).double(), copy.deepcopy(encoder).double()
         self.host, self.encodes = host, 0
+        for each in (model, encoder):
+            host.contract.prepare(each)
         device, cpu = host.memory.get_torch_device(), torch.device("cpu")
         clip = host.clip.CLIP({"clip_l": encoder}, {}) if text_encoder else None
         unet = host.unet.UnetPatcher(model, load_device=device, offload_device=cpu)
@@ -142,7 +157,9 @@ class Checkpoint:
         self.comments: list[str] = []
         self.extra_generation_params: dict[str, Any] = {}
         self.sd_checkpoint_info = f"checkpoint {seed}"
-        self.is_inpaint = self.use_distilled_cfg_scale = False
+        self.model_config = SavedNames()
+        self.is_inpaint = self.use_distilled_cfg_scale = self.use_shift = False
+        self.is_sd1 = self.is_sdxl = self.is_wan = False
 
     @property
     def model(self) -> Any:
@@ -151,6 +168,10 @@ class Checkpoint:
     @property
     def encoder(self) -> Any:
         return self.forge_objects_original.clip.cond_stage_model
+
+    def is_webui_legacy_model(self) -> bool:
+        """Of whose convolutions Neo would make others where an image is to be tiled."""
+        return False
 
     def set_clip_skip(self, clip_skip: int) -> None:
         """One layer has nothing to skip."""

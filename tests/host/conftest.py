@@ -1,8 +1,11 @@
-"""Every test of this folder runs against the double and, where FORGE_ROOT points at one, a real Forge."""
+"""Every test of this folder runs against the doubles of Forge and of Forge Neo, and against the real ones
+where FORGE_ROOT and NEO_ROOT point at them: each with the Python that runs it.
+
+`only_on` marks what is about one of the two alone.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +17,12 @@ from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.generation.override import Override
 from lib_precision_lora.host.page.settings import register_settings
 from lib_precision_lora.host.reservation import memory
-from tests.forge.real_forge import HOW_TO_RUN
 from tests.host.card import Card, card_with_us
 from tests.host.card_plans import INFERENCE, PLENTY
 from tests.host.checkpoints import Checkpoint
 from tests.host.images import load_checkpoint
 from tests.host.jobs import FIRST, Jobs, start_jobs
-from tests.host.webui import KINDS, Host, running_host
+from tests.host.webui import KINDS, Host, missing, name_of, running_host
 
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
@@ -37,10 +39,21 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=KINDS)
 def host_kind(request: pytest.FixtureRequest) -> str:
-    """Session scope groups the tests by host, so that the real one is imported once, after the double's."""
-    if request.param == "forge" and not os.environ.get("FORGE_ROOT"):
-        pytest.skip(HOW_TO_RUN.replace("tests/forge", "tests/host"))
+    """Session scope groups the tests by host, so that a real one is imported once, after the doubles."""
+    reason = missing(request.param)
+    if reason is not None:
+        pytest.skip(reason)
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _what_only_one_host_has(request: pytest.FixtureRequest) -> None:
+    """Skip what is about another host than this one."""
+    marker = request.node.get_closest_marker("only_on")
+    if marker is not None and "host_kind" in request.fixturenames:
+        name, reason = marker.args
+        if name_of(request.getfixturevalue("host_kind")) != name:
+            pytest.skip(reason)
 
 
 @pytest.fixture
@@ -48,7 +61,7 @@ def bare_host(host_kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathF
     """A host without us."""
     lora_dir = tmp_path / "Lora"
     lora_dir.mkdir()
-    with running_host(host_kind, tmp_path_factory.getbasetemp() / "forge-data", lora_dir) as host:
+    with running_host(host_kind, tmp_path_factory.getbasetemp() / "host-data", lora_dir) as host:
         yield host
         uninstall()
 

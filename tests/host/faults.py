@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 
+from lib_precision_lora.host import installation
 from lib_precision_lora.host.generation.generations import Generations
 from lib_precision_lora.host.generation.report import GenerationReport
 from tests.host.images import Image, generate
 from tests.host.webui import Host
+
+KEPT = "what keeps patches"
+"""Stands for the class that holds a prompt's LoRAs in a host."""
+
+KEPT_BY_HOST = {
+    "Forge": "lib_precision_lora.host.forge.patchers:KeptPatchers",
+    "Forge Neo": "lib_precision_lora.host.neo.patches:KeptPatches",
+}
 
 SETTING: Mapping[str, str] = {
     "finding a file": "lib_precision_lora.host.loras.loading:find_network",
@@ -24,10 +33,10 @@ SETTING: Mapping[str, str] = {
     "the WebUI's entry": "networks:load_network",
     "the report of a file": "lib_precision_lora.host.loras.loading:report_file",
     "the log of a file": "lib_precision_lora.host.loras.loading:log_applied",
-    "cloning patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.__init__",
-    "beginning with patchers": "lib_precision_lora.host.forge.patchers:KeptPatchers.start",
+    "cloning patchers": f"{KEPT}.__init__",
+    "beginning with patchers": f"{KEPT}.start",
     "adding to patchers": "lib_precision_lora.host.loras.kept:Kept.add",
-    "adding to the host's patcher": "backend.patcher.base:ModelPatcher.add_patches",
+    "adding to the host's patcher": f"{KEPT}.put",
     "using patchers": "lib_precision_lora.host.loras.loading:NetworkLoader._use",
     "showing notices": "lib_precision_lora.host.loras.loading:comment_once",
     "forgetting notices": "lib_precision_lora.host.generation.notices:Notices.begin",
@@ -92,6 +101,9 @@ class InjectedError(Exception):
 def failing(where: str, wrong: Callable[..., bool] = lambda *args, **kwargs: True) -> Iterator[list[str]]:
     """`module:path` raises while the block runs, where `wrong` says so of its arguments; the list grows by
     one each time."""
+    active = installation.active()
+    if active is not None:
+        where = where.replace(KEPT, KEPT_BY_HOST[active.host.name])
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)

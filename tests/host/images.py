@@ -39,6 +39,7 @@ def load_checkpoint(host: Host, make: Callable[[], Checkpoint]) -> Checkpoint:
         gc.collect()
     checkpoint = make()
     data.set_sd_model(checkpoint)
+    data.forge_loading_parameters = {"checkpoint_info": checkpoint.sd_checkpoint_info}
     return checkpoint
 
 

@@ -75,9 +75,9 @@ class Jobs:
             raise RuntimeError(f"no room for {storage}")
         checkpoint: Any = Checkpoint(self.host, file.seed)
         checkpoint.model.storage_dtype = storage or torch.float32
-        checkpoint.forge_objects.vae = SimpleNamespace(latent_channels=4)
+        checkpoint.forge_objects.vae = SimpleNamespace(latent_channels=4, upscale_ratio=8)
         checkpoint.forge_objects_original.vae = checkpoint.forge_objects.vae
-        checkpoint.tiling_enabled, checkpoint.model_config = False, SimpleNamespace()
+        checkpoint.tiling_enabled = False
         return checkpoint
 
     def new(
@@ -125,15 +125,20 @@ class Jobs:
         self.host.processing.process_images(p)
         return p
 
+    def _change(self, name: str) -> bool:
+        """Select this checkpoint, as hires fix does; whether it is another one."""
+        change = self.host.main_entry.checkpoint_change
+        return bool(change(name, **self.host.contract.preset, save=False, refresh=False))
+
     def second_pass(self, p: Any, name: str) -> None:
         """As hires fix and the refiner do it: load this checkpoint, then select the former one again."""
         former = self.host.shared.opts.sd_model_checkpoint
-        if self.host.main_entry.checkpoint_change(name, save=False, refresh=False):
+        if self._change(name):
             try:
                 self.host.main_entry.refresh_model_loading_parameters()
                 self.host.sd_models.forge_model_reload()
             finally:
-                self.host.main_entry.checkpoint_change(former, save=False, refresh=False)
+                self._change(former)
                 self.host.main_entry.refresh_model_loading_parameters()
         self.host.extra_networks.activate(p, p.extra_network_data)
         p.setup_conds()
@@ -193,6 +198,6 @@ def chosen_by_the_user(host: Host) -> tuple[Any, ...]:
         dict(host.shared.opts.data),
         Path(host.shared.config_filename).read_bytes(),
         dict(host.sd_models.model_data.forge_loading_parameters),
-        dict(host.args.dynamic_args),
+        host.contract.loading_arguments(),
         settings(),
     )

@@ -112,12 +112,21 @@ def prompt(text: str, *active: Active) -> str:
     return text + "".join(parts)
 
 
+Stored = Callable[[Tensor, torch.dtype, str], Tensor]
+"""Rounds a weight to a type; given its name, by which a host may decide."""
+
+
+def nearest(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """As `Stored`: one rounding to the nearest value."""
+    return weight.to(dtype)
+
+
 def exact_weights(
-    checkpoint: Checkpoint, active: Sequence[Active], stored: bool = False
+    checkpoint: Checkpoint, active: Sequence[Active], stored: bool | Stored = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights by name in float64, merged in order: of the model, of the text encoder.
 
-    stored: each rounded to the type in which the host keeps that weight, as after the host's own merge.
+    stored: each rounded to the type in which the host keeps that weight: True as after the host's own merge.
     """
     unet: dict[str, Tensor] = {}
     te: dict[str, Tensor] = {}
@@ -126,14 +135,15 @@ def exact_weights(
             weights, strength = (te, lora.text_strength) if name.startswith("clip_l.") else (unet, lora.unet)
             weights[name] = weights.get(name, checkpoint.weight(name)) + strength * delta
     if stored:
+        rounded = checkpoint.host.contract.stored if stored is True else stored
         for name, weight in unet.items():
             dtype = torch.float8_e4m3fn if ".low." in name else torch.float32
-            unet[name] = weight.float().to(dtype).double()
+            unet[name] = rounded(weight.float(), dtype, name).double()  # type: ignore[operator]
     return unet, te
 
 
 def exact_output(
-    checkpoint: Checkpoint, text: str, active: Sequence[Active] = (), stored: bool = False
+    checkpoint: Checkpoint, text: str, active: Sequence[Active] = (), stored: bool | Stored = False
 ) -> Tensor:
     """What the checkpoint computes with these LoRAs, in float64."""
     return checkpoint.exact(text, *exact_weights(checkpoint, active, stored))

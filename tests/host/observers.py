@@ -19,14 +19,7 @@ LOGGER = "lib_precision_lora"
 
 def swapped(host: Host) -> dict[str, Any]:
     """The functions of the host that we put ours in the place of."""
-    return {
-        "refresh": host.lora.LoraLoader.refresh,
-        "load_models_gpu": host.memory.load_models_gpu,
-        "model_load": host.memory.LoadedModel.model_load,
-        "model_unload": host.memory.LoadedModel.model_unload,
-        "load_networks": host.networks.load_networks,
-        "cached_params": host.processing.StableDiffusionProcessing.cached_params,
-    }
+    return {name: getattr(owner, key) for name, (owner, key) in host.contract.swapped.items()}
 
 
 def bases_of(checkpoint: Checkpoint) -> dict[str, tuple[int, bytes]]:
@@ -62,15 +55,17 @@ def branches(model: nn.Module) -> int:
 
 
 def count_loads(host: Host, patch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows by a patcher for every model that the host loads, that is: places and refreshes."""
+    """A list that grows by a patcher for every model that the host places."""
     loads: list[Any] = []
-    load = host.memory.LoadedModel.model_load
+    owner, name = host.contract.placing
+    load = getattr(owner, name)
 
-    def counting(loaded: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        loads.append(type(loaded.model.model).__name__)
-        return load(loaded, *args, **kwargs)
+    def counting(placed: Any, *args: Any, **kwargs: Any) -> Any:
+        model = placed.model if isinstance(placed.model, nn.Module) else placed.model.model
+        loads.append(type(model).__name__)
+        return load(placed, *args, **kwargs)
 
-    patch.setattr(host.memory.LoadedModel, "model_load", counting)
+    patch.setattr(owner, name, counting)
     return loads
 
 

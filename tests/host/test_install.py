@@ -12,7 +12,8 @@ import pytest
 
 from lib_precision_lora.host import install, uninstall
 from lib_precision_lora.host.contract import Requirement
-from lib_precision_lora.host.forge.requirements import REQUIREMENTS
+from lib_precision_lora.host.forge.requirements import REQUIREMENTS as FORGE
+from lib_precision_lora.host.neo.requirements import REQUIREMENTS as NEO
 from tests.double import TOP_LEVEL
 from tests.host.checkpoints import Checkpoint
 from tests.host.images import distance, generate, load_checkpoint
@@ -20,8 +21,21 @@ from tests.host.lora_files import Active, exact_output, make_lora, prompt
 from tests.host.observers import bases_of, hooks_of, log_lines, swapped
 from tests.host.webui import Host
 
-BY_NAME = {str(requirement): requirement for requirement in REQUIREMENTS}
-FUNCTIONS = [name for name, requirement in BY_NAME.items() if requirement.parameters]
+BY_NAME = {
+    host: {str(requirement): requirement for requirement in requirements}
+    for host, requirements in (("forge", FORGE), ("neo", NEO))
+}
+NAMES = list(dict.fromkeys(name for names in BY_NAME.values() for name in names))
+FUNCTIONS = list(dict.fromkeys(str(each) for each in (*FORGE, *NEO) if each.parameters))
+CALLED = list(dict.fromkeys(str(each) for each in (*FORGE, *NEO) if each.called))
+MODULES = sorted({requirement.module for requirement in (*FORGE, *NEO)})
+
+
+def required(host: Host, name: str) -> Requirement:
+    """What this host must have of this name; the test is skipped where it need not."""
+    if name not in BY_NAME[host.name]:
+        pytest.skip("this host need not have that: the other one must")
+    return BY_NAME[host.name][name]
 
 
 def owner_of(requirement: Requirement) -> tuple[Any, str]:
@@ -107,14 +121,7 @@ def test_after_uninstall_the_same_prompt_is_stock_at_once(bare_host: Host) -> No
 def test_a_wrapper_around_ours_stays_and_passes_through(bare_host: Host) -> None:
     host = bare_host
     before = swapped(host)
-    owners: dict[str, Any] = {
-        "refresh": host.lora.LoraLoader,
-        "load_models_gpu": host.memory,
-        "model_load": host.memory.LoadedModel,
-        "model_unload": host.memory.LoadedModel,
-        "load_networks": host.networks,
-        "cached_params": host.processing.StableDiffusionProcessing,
-    }
+    owners = {name: owner for name, (owner, _) in host.contract.swapped.items()}
     calls: list[str] = []
     install()
     theirs = {name: wrap(function, calls) for name, function in swapped(host).items()}
@@ -134,33 +141,21 @@ def test_a_wrapper_around_ours_stays_and_passes_through(bare_host: Host) -> None
             setattr(owners[name], name, function)
 
 
-@pytest.mark.parametrize("missing", BY_NAME)
+@pytest.mark.parametrize("missing", NAMES)
 def test_a_host_without_one_name_keeps_working_without_us(
     bare_host: Host, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = swapped(bare_host)
-    owner, name = owner_of(BY_NAME[missing])
+    owner, name = owner_of(required(bare_host, missing))
+    swaps = bare_host.contract.swapped
     with monkeypatch.context() as patch, log_lines() as lines:
         remove(patch, owner, name)
         assert not install()
-        present = {key: value for key, value in vars_of(bare_host).items() if value is not None}
+        present = {key: getattr(owner, name, None) for key, (owner, name) in swaps.items()}
     assert len(lines) == 1
     assert missing in lines[0]
-    assert all(present[key] is before[key] for key in present)
+    assert all(found is before[key] for key, found in present.items() if found is not None)
     assert_stock(bare_host, before)
-
-
-def vars_of(host: Host) -> dict[str, Any]:
-    """`swapped`, None for what is missing."""
-    cls = getattr(host.processing, "StableDiffusionProcessing", None)
-    return {
-        "refresh": getattr(getattr(host.lora, "LoraLoader", None), "refresh", None),
-        "load_models_gpu": getattr(host.memory, "load_models_gpu", None),
-        "model_load": getattr(getattr(host.memory, "LoadedModel", None), "model_load", None),
-        "model_unload": getattr(getattr(host.memory, "LoadedModel", None), "model_unload", None),
-        "load_networks": getattr(host.networks, "load_networks", None),
-        "cached_params": getattr(cls, "cached_params", None),
-    }
 
 
 @pytest.mark.parametrize("changed", FUNCTIONS)
@@ -168,7 +163,7 @@ def test_a_host_with_another_signature_keeps_working_without_us(
     bare_host: Host, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = swapped(bare_host)
-    owner, name = owner_of(BY_NAME[changed])
+    owner, name = owner_of(required(bare_host, changed))
     with monkeypatch.context() as patch, log_lines() as lines:
         patch.setattr(owner, name, lambda *, surprising: None)
         assert not install()
@@ -177,22 +172,27 @@ def test_a_host_with_another_signature_keeps_working_without_us(
     assert_stock(bare_host, before)
 
 
-@pytest.mark.parametrize("changed", [name for name in FUNCTIONS if BY_NAME[name].called])
+@pytest.mark.parametrize("changed", CALLED)
 def test_what_is_only_called_may_name_its_arguments_otherwise(
     bare_host: Host, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name = owner_of(BY_NAME[changed])
+    requirement = required(bare_host, changed)
+    if not requirement.called:
+        pytest.skip("this host must have it with these names")
+    owner, name = owner_of(requirement)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda first, second=None, *, third=None: None)
-        assert BY_NAME[changed].failure() is None
+        assert requirement.failure() is None
         patch.setattr(owner, name, lambda first, second, third, fourth: None)
-        assert BY_NAME[changed].failure() is not None
+        assert requirement.failure() is not None
 
 
-@pytest.mark.parametrize("module", sorted({requirement.module for requirement in REQUIREMENTS}))
+@pytest.mark.parametrize("module", MODULES)
 def test_a_host_without_a_whole_module_keeps_working_without_us(
     bare_host: Host, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if all(requirement.module != module for requirement in BY_NAME[bare_host.name].values()):
+        pytest.skip("this host need not have that: the other one must")
     before = swapped(bare_host)
     with monkeypatch.context() as patch, log_lines() as lines:
         patch.setitem(sys.modules, module, None)

@@ -34,7 +34,7 @@ from tests.host.damage import DAMAGE
 from tests.host.images import Image, distance, generate, load_checkpoint
 from tests.host.lora_files import Active, LoraFile, exact_weights, make_lora, prompt, with_loha
 from tests.host.observers import bases_of, hooks_of
-from tests.host.webui import running_host
+from tests.host.webui import Host, running_host
 
 TOLERANCE = {"Automatic": 1e-5, "fp32": 1e-5, "fp16": 5e-3}
 GOOD = {
@@ -70,6 +70,8 @@ class Lifecycle(RuleBasedStateMachine):
         self.enabled, self.compute, self.installed, self.seed = True, "Automatic", True, 0
         self.dense = AUTOMATIC
         self.theirs: tuple[str, float] | None = None
+        self.values = dict(_their_values(self.host))
+        self.host_merged = False
         assert install()
         self.checkpoint = load_checkpoint(self.host, lambda: Checkpoint(self.host))
         self.base = bases_of(self.checkpoint)
@@ -92,8 +94,7 @@ class Lifecycle(RuleBasedStateMachine):
     def the_base_is_untouched_while_ours(self) -> None:
         """But for what the host has merged, which it takes out when it loads the model next, and for what
         we have, which we take out when we leave, or follow another setting."""
-        backups = self.checkpoint.model.lora_loader.backup, self.checkpoint.encoder.lora_loader.backup
-        if self.ours and not any(backups) and not self.merged:
+        if self.ours and not self.host.contract.merged(self.checkpoint) and not self.merged:
             self.same_objects()
 
     @property
@@ -101,7 +102,11 @@ class Lifecycle(RuleBasedStateMachine):
         return any(session.merged for session in installation.active().sessions().values())
 
     def same_objects(self) -> None:
-        assert bases_of(self.checkpoint) == self.base
+        """Where a host makes other ones of what it has merged and taken out, the same bytes."""
+        now, base = bases_of(self.checkpoint), self.base
+        if self.host_merged and not self.host.contract.keeps_objects:
+            now, base = ({name: bytes_ for name, (_, bytes_) in found.items()} for found in (now, base))
+        assert now == base
 
     @invariant()
     def no_hook_is_left_where_we_are_not(self) -> None:
@@ -125,9 +130,10 @@ class Lifecycle(RuleBasedStateMachine):
             self.check(values, one)
         told = {name for name in ("bad", "nobody") for one in passes for lora in one if lora[0] == name}
         assert len(image.comments) == len(told), image.comments
+        self.host_merged |= bool(self.host.contract.merged(self.checkpoint))
         kept = self.ours and not self.theirs and self.dense != MERGE
         if kept and not any(lora[0] == "odd" for one in passes for lora in one):
-            assert bases_of(self.checkpoint)[THEIRS] == self.base[THEIRS]
+            assert bases_of(self.checkpoint)[THEIRS][1] == self.base[THEIRS][1]
         if not self.ours:
             assert hooks_of(self.checkpoint.model) == hooks_of(self.checkpoint.encoder) == 0
 
@@ -146,7 +152,7 @@ class Lifecycle(RuleBasedStateMachine):
             return
         kind, strength = self.theirs
         unet = checkpoint.forge_objects.unet.clone()
-        unet.add_patches(filename="theirs", patches={THEIRS: PATCHES[kind][0]}, strength_patch=strength)
+        unet.add_patches(filename="theirs", patches={THEIRS: self.values[kind][0]}, strength_patch=strength)
         checkpoint.forge_objects.unet = unet
 
     def check(self, values: torch.Tensor, loras: list[Any]) -> None:
@@ -156,20 +162,20 @@ class Lifecycle(RuleBasedStateMachine):
             if name not in self.files:
                 continue
             same = [one for one in active if (one.file.name, one.unet, one.te) == (name, unet, te)]
-            if self.ours or not same:
+            if self.ours or self.host.contract.same_twice_adds or not same:
                 active.append(Active(self.files[name], unet, te))
         weights = exact_weights(self.checkpoint, self.as_keyed(active), stored=not self.ours)
         if self.theirs is not None:
             kind, strength = self.theirs
-            delta = strength * PATCHES[kind][1]
+            delta = strength * self.values[kind][1]
             weights[0][THEIRS] = weights[0].get(THEIRS, self.checkpoint.weight(THEIRS)) + delta
         exact = self.checkpoint.exact("a cat", *weights)
         image = Image((values,), (), {})
         assert distance(image, exact) < TOLERANCE[self.compute if self.ours else "fp32"], loras
 
     def as_keyed(self, active: list[Active]) -> list[Active]:
-        """The host's dictionary counts the same file at the same strength once, for each model by itself."""
-        if self.ours:
+        """Forge's dictionary counts the same file at the same strength once, for each model by itself."""
+        if self.ours or self.host.contract.same_twice_adds:
             return active
         counted: set[tuple[str, str, float]] = set()
         result = []
@@ -205,7 +211,7 @@ class Lifecycle(RuleBasedStateMachine):
     def checkpoint_change(self, seed: int) -> None:
         self.checkpoint = None
         self.checkpoint = load_checkpoint(self.host, lambda: Checkpoint(self.host, seed))
-        self.base = bases_of(self.checkpoint)
+        self.base, self.host_merged = bases_of(self.checkpoint), False
 
     @rule(damage=st.sampled_from(BAD))
     def another_damage(self, damage: str) -> None:
@@ -217,7 +223,7 @@ class Lifecycle(RuleBasedStateMachine):
         """Only while we are in: the host itself would not read it again."""
         self.files["dogs"] = make_lora("dogs", seed=seed, size=0.3)
         self.files["dogs"].write(self.host)
-        self.host.networks.load_lora_state_dict.cache_clear()
+        self.host.contract.forget_files()
 
     @rule(theirs=st.none() | st.tuples(st.sampled_from(["lora", "loha"]), st.sampled_from([0.5, -0.25])))
     def another_extension(self, theirs: tuple[str, float] | None) -> None:
@@ -251,20 +257,18 @@ class Lifecycle(RuleBasedStateMachine):
         self.installed = not self.installed
 
 
-def _their_values() -> Iterator[tuple[str, tuple[Any, torch.Tensor]]]:
+def _their_values(host: Host) -> Iterator[tuple[str, tuple[Any, torch.Tensor]]]:
+    """Kind → (the host's patch value, ΔW)."""
     generator = torch.Generator().manual_seed(9)
     up, down = (0.3 * torch.randn(*shape, generator=generator) for shape in ((8, 2), (2, 8)))
     product = up.double() @ down.double()
-    yield "lora", (("lora", (up, down, None, None, None)), product)
-    yield "loha", (("loha", (up, down, None, up, down, None, None, None)), product.square())
-
-
-PATCHES = dict(_their_values())
-"""Kind → (the host's patch value, ΔW)."""
+    yield "lora", (host.contract.patch_value(up=up, down=down), product)
+    factors = {f"hada_w{index}_{part}": value for index in (1, 2) for part, value in (("a", up), ("b", down))}
+    yield "loha", (host.contract.patch_value(**factors), product.square())
 
 
 def test_any_sequence_gives_the_right_image(host_kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    Lifecycle.kind, Lifecycle.data = host_kind, tmp_path_factory.getbasetemp() / "forge-data"
+    Lifecycle.kind, Lifecycle.data = host_kind, tmp_path_factory.getbasetemp() / "host-data"
     examples = os.environ.get("PRECISION_LORA_LIFECYCLE")
     run_state_machine_as_test(
         Lifecycle,

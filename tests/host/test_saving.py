@@ -21,7 +21,7 @@ from lib_precision_lora.host.saving import SavingError
 from lib_precision_lora.ui.settings import BESIDE, DENSE, MERGE
 from tests.host.checkpoints import TEXT_LAYER, Checkpoint
 from tests.host.images import distance, generate, load_checkpoint
-from tests.host.lora_files import Active, exact_output, exact_weights, make_lora, prompt, values
+from tests.host.lora_files import Active, exact_output, exact_weights, make_lora, nearest, prompt, values
 from tests.host.loras.test_widening import CONV, conv_lora, with_channels
 from tests.host.observers import bases_of, branches, hooks_of, log_lines
 from tests.host.webui import Host
@@ -141,7 +141,7 @@ def test_a_low_bit_layer_makes_the_image_of_its_rounded_merge(
 ) -> None:
     generate(host, prompt("a cat", *BOTH))
     again = generate(loaded(host, save(host, checkpoint, path)).host, "a cat")
-    assert distance(again, exact_output(checkpoint, "a cat", BOTH, stored=True)) < EXACT
+    assert distance(again, exact_output(checkpoint, "a cat", BOTH, nearest)) < EXACT
 
 
 @POLICIES
@@ -167,6 +167,7 @@ def test_saving_changes_nothing_of_what_is_attached_nor_the_next_image(
     assert hooks_of(checkpoint.model) == 0
 
 
+@pytest.mark.only_on("forge", "patches of other extensions go Neo's own way")
 def test_a_parameter_that_is_read_around_forwards_is_saved_once_merged(
     host: Host, checkpoint: Checkpoint, path: Path
 ) -> None:
@@ -293,7 +294,8 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_file(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        for module in (safetensors.torch, host.engine):  # Neo has it under a name of its own
+            patch.setattr(module, "save_file", full, raising=False)
         with pytest.raises(SavingError, match=r"Nothing was saved: OSError: .*No space left"):
             save(host, checkpoint, path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -1,4 +1,4 @@
-"""The host that a test runs against: the double, or the real Forge."""
+"""The host that a test runs against: the double of Forge or of Forge Neo, or a real one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from typing import Any
 import pytest
 
 from tests.double import host_modules, load_double, put_host_modules
+from tests.forge.real_forge import HOW_TO_RUN as FORGE
+from tests.host.contracts import CONTRACTS, Contract
+from tests.neo.real_neo import HOW_TO_RUN as NEO
 
-KINDS = ("double", "forge")
+KINDS = ("double", "neo double", "forge", "neo")
+"""The double of Forge stands first: it is the older one, and what has no name is about it."""
+
+HOW_TO_RUN = {
+    "forge": FORGE.replace("tests/forge", "tests/host"),
+    "neo": NEO.replace("tests/neo", "tests/host"),
+}
 OPTIONS = {
     "sd_lora": "None",
     "lora_add_hashes_to_infotext": True,
@@ -29,9 +38,13 @@ OPTIONS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Host:
-    """The modules that tests reach for, and the folder where LoRA files are looked for."""
+    """The modules that tests reach for, and the folder where LoRA files are looked for.
 
-    kind: str
+    double: whether it is none that anybody makes images with; contract: what is its own.
+    """
+
+    double: bool
+    contract: Contract
     lora_dir: Path
     args: ModuleType
     base: ModuleType
@@ -49,6 +62,11 @@ class Host:
     sd_models: ModuleType
     shared: ModuleType
     unet: ModuleType
+
+    @property
+    def name(self) -> str:
+        """Which host it is, or is the double of."""
+        return self.contract.name
 
     @property
     def current(self) -> Any:
@@ -79,17 +97,34 @@ MODULES = {
 }
 
 
-@cache
-def load_forge(root: Path, data: Path) -> dict[str, ModuleType]:
-    """The real host's modules, imported unless a test of `tests/forge` has done so."""
-    from tests.forge.real_forge import import_forge
+def name_of(kind: str) -> str:
+    """Which host it is, or is the double of."""
+    return "neo" if "neo" in kind else "forge"
 
+
+def missing(kind: str) -> str | None:
+    """Why this kind cannot be run here."""
+    root = None if "double" in kind else f"{kind.upper()}_ROOT"
+    return HOW_TO_RUN[kind] if root and not os.environ.get(root) else None
+
+
+@cache
+def load_real(name: str, root: Path, data: Path) -> dict[str, ModuleType]:
+    """The real host's modules, imported unless a test of its own folder has done so."""
     shared = sys.modules.get("modules.shared")
     if shared is None or root not in Path(shared.__file__ or "/").parents:
         put_host_modules({})
-        import_forge(root, data)
-    for name in (*MODULES.values(), "extra_networks_lora"):
-        import_module(name)
+        if name == "forge":
+            from tests.forge.real_forge import import_forge
+
+            import_forge(root, data)
+        else:
+            from tests.neo.real_neo import import_neo
+
+            import_neo(root, data)
+    more = ["backend.float"] if name == "neo" else []
+    for module in (*MODULES.values(), *more, "extra_networks_lora"):
+        import_module(module)
     return host_modules()
 
 
@@ -97,12 +132,16 @@ def load_forge(root: Path, data: Path) -> dict[str, ModuleType]:
 def running_host(kind: str, data: Path, lora_dir: Path) -> Iterator[Host]:
     """This host, as if just started, with an empty LoRA folder; of the test, nothing is left in it."""
     before = host_modules()
-    double = kind == "double"
-    modules = load_double() if double else load_forge(Path(os.environ["FORGE_ROOT"]).resolve(), data)
+    name, double = name_of(kind), "double" in kind
+    if double:
+        modules = load_double(name)
+    else:
+        modules = load_real(name, Path(os.environ[f"{name.upper()}_ROOT"]).resolve(), data)
     put_host_modules(modules)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            host = Host(kind, lora_dir, **{field: modules[name] for field, name in MODULES.items()})
+            found = {field: modules[module] for field, module in MODULES.items()}
+            host = Host(double, CONTRACTS[name](modules), lora_dir, **found)
             _start(host, modules["extra_networks_lora"].ExtraNetworkLora(), patch)
             yield host
     finally:
@@ -122,7 +161,7 @@ def _wrap_loaders(patch: pytest.MonkeyPatch) -> None:
 
 def _start(host: Host, extra_network: Any, patch: pytest.MonkeyPatch) -> None:
     _wrap_loaders(patch)
-    if "gradio" not in sys.modules and host.kind == "double":
+    if "gradio" not in sys.modules and host.double:
         patch.setitem(sys.modules, "gradio", ModuleType("gradio"))
         for component in ("Radio", "Slider"):
             patch.setattr(sys.modules["gradio"], component, SimpleNamespace, raising=False)
@@ -139,6 +178,6 @@ def _start(host: Host, extra_network: Any, patch: pytest.MonkeyPatch) -> None:
     ):
         for name in names:
             patch.setattr(owner, name, [None, None, None])
-    host.networks.load_lora_state_dict.cache_clear()
+    host.contract.forget_files()
     host.networks.loaded_networks.clear()
     host.networks.list_available_networks()

@@ -25,6 +25,7 @@ from lib_precision_lora.host.replacement import Replacement
 class ForgeHost(Host):
     name = "Forge"
     gives_way = False
+    applies_once = True
 
     def __init__(self) -> None:
         from backend import memory_management

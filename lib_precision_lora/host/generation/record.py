@@ -23,14 +23,16 @@ KEPT_PASSES = 512
 class Pass:
     """From one setting of the prompt's LoRAs to the next: a batch, a hires pass, a refiner.
 
-    text_encoders: whether LoRAs act on these as well; entries: the prompt's, in its order; models: what each
-    of the checkpoint's models was brought to, by its class; seconds: spent on that.
+    text_encoders: whether LoRAs act on these as well; once: whether equal entries are applied once; entries:
+    the prompt's, in its order; models: what each of the checkpoint's models was brought to, by its class;
+    seconds: spent on that.
     """
 
     number: int
     patcher: str
     compute: str
     text_encoders: bool = True
+    once: bool = False
     entries: tuple[PromptEntry, ...] = ()
     models: Mapping[str, Followed] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
@@ -78,7 +80,7 @@ class Pass:
 
     def reports(self) -> Iterable[FileReport]:
         """One for each file, with the sum of its strengths, and one for each reason to leave it out."""
-        return sums(self.entries, tuple(self.models.values()), self.patcher != OURS)
+        return sums(self.entries, tuple(self.models.values()), self.once)
 
     @property
     def applied_by_us(self) -> bool:
@@ -98,9 +100,9 @@ class Record:
     def present(self) -> Pass:
         return self._passes[-1]
 
-    def begin(self, patcher: str, compute: str, text_encoders: bool = True) -> Pass:
-        """The prompt's LoRAs are being set."""
-        begun = Pass(self.present.number + 1, patcher, compute, text_encoders)
+    def begin(self, patcher: str, compute: str, text_encoders: bool = True, once: bool = False) -> Pass:
+        """The prompt's LoRAs are being set. once: whether equal entries are applied once."""
+        begun = Pass(self.present.number + 1, patcher, compute, text_encoders, once)
         self._passes = (*self._passes[1 - KEPT_PASSES :], begun)
         return begun
 

@@ -45,10 +45,10 @@ class Followed:
         )
 
 
-def sums(entries: Sequence[PromptEntry], models: Sequence[Followed], by_host: bool) -> Iterable[FileReport]:
+def sums(entries: Sequence[PromptEntry], models: Sequence[Followed], once: bool) -> Iterable[FileReport]:
     """A report for each file, in the prompt's order; what is left out of one is by itself.
 
-    by_host: the host knows an entry by its file and strength, and applies equal ones once.
+    once: who applies them knows an entry by its file and strength, and applies equal ones once.
     """
     groups: dict[tuple[str, str | None], list[PromptEntry]] = {}
     for entry in entries:
@@ -58,8 +58,8 @@ def sums(entries: Sequence[PromptEntry], models: Sequence[Followed], by_host: bo
         unet, text = [file.strength for file in files], [file.text_strength for file in files]
         whole = dataclasses.replace(
             files[0],
-            strength=fsum(dict.fromkeys(unet) if by_host else unet),
-            text_strength=fsum(dict.fromkeys(text) if by_host else text),
+            strength=fsum(dict.fromkeys(unet) if once else unet),
+            text_strength=fsum(dict.fromkeys(text) if once else text),
             unet_layers=max(file.unet_layers for file in files),
             text_layers=max(file.text_layers for file in files),
         )

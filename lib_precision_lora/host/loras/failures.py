@@ -58,9 +58,7 @@ class ForwardFailures:
         reason = f"it failed while the model was running ({type(error).__name__}: {error})"
         sentence = f"layer {name}: {reason}; what was computed before that has it"
         try:
-            patcher = next(
-                each.model for each in self._host.memory.current_loaded_models if each.model.model is model
-            )
+            patcher = next(each.model for each in self._host.loaded() if each.model.model is model)
             if session.leave_out(
                 PatchError(sentence, None, name), trial and self._after_placing(patcher, trial)
             ):

@@ -1,7 +1,8 @@
 """Haoming02's Forge Neo: ComfyUI's patcher under Forge's page.
 
 load_models_gpu           plan the memory and tell the host first; attach after it has placed its models
-LoadedModel.model_load    where layers are placed one by one, let the host find its own parameters there
+LoadedModel.model_load    where layers are placed one by one, or other patches are merged, let the host find
+                          its own parameters there
 LoadedModel.model_unload  take the factors off the device with the model, once all of it leaves
 
 Patches that other extensions put on Neo's patchers go Neo's way, beside ours on the same layer.
@@ -25,6 +26,7 @@ from lib_precision_lora.host.replacement import Replacement
 class NeoHost(Host):
     name = "Forge Neo"
     gives_way = True
+    applies_once = False
 
     def __init__(self) -> None:
         from backend import memory_management
@@ -107,6 +109,15 @@ class NeoHost(Host):
         reserved = self.memory.extra_reserved_memory()
         return float(max(self.memory.minimum_inference_memory(), required + reserved))
 
+    def _with(self, kept: float, required: float) -> float:
+        """What Neo is to be asked for, so that it keeps so much more free than for `required` alone: it takes
+        the larger one of that and the least for any image, and would count ours as a part of the least."""
+        total = self.memory.get_total_memory(self.memory.get_torch_device())
+        reserved = self.memory.extra_reserved_memory()
+        if kept:
+            required = self.beside(required) - reserved + kept
+        return min(max(0.0, float(total) - reserved), required)
+
     def replacements(self, follower: Follower) -> list[Replacement]:
         self._follower = follower
         loaded = self.memory.LoadedModel
@@ -123,11 +134,10 @@ class NeoHost(Host):
                 def place(required: float, kept: float) -> None:
                     """What is to be kept free counts in both: one makes other models give way, the other
                     these ones, layer by layer. With Neo's own reserve on top it is no more than the card."""
-                    total = self.memory.get_total_memory(self.memory.get_torch_device())
-                    most = max(0.0, float(total) - self.memory.extra_reserved_memory())
                     least = minimum_memory_required
-                    least = None if least is None else min(most, least + kept)
-                    host_load(models, min(most, required + kept), force_patch_weights, least, *args, **kwargs)
+                    least = None if least is None else self._with(kept, least)
+                    required = self._with(kept, required)
+                    host_load(models, required, force_patch_weights, least, *args, **kwargs)
 
                 follower.load(LoadRequest(models, memory_required), place)
 
@@ -136,9 +146,10 @@ class NeoHost(Host):
         def make_model_load(host_load: Callable[..., Any]) -> Callable[..., Any]:
             def model_load(loaded: Any, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
                 model = getattr(loaded.model, "model", None)
-                if lowvram_model_memory and isinstance(model, nn.Module):
+                if isinstance(model, nn.Module):
                     held = getattr(model, "model_loaded_weight_memory", 0)
-                    if held + lowvram_model_memory <= loaded.model_memory():
+                    in_part = lowvram_model_memory and held + lowvram_model_memory <= loaded.model_memory()
+                    if in_part or _patched_anew(loaded.model, model):
                         follower.unmerge(model)
                 return host_load(loaded, lowvram_model_memory, *args, **kwargs)
 
@@ -162,6 +173,13 @@ class NeoHost(Host):
             Replacement(loaded, "model_load", make_model_load),
             Replacement(loaded, "model_unload", make_model_unload),
         ]
+
+
+def _patched_anew(patcher: Any, model: nn.Module) -> bool:
+    """Whether Neo is about to put back what it has merged, and to merge other patches: it would keep what
+    stands there as its own."""
+    placed = getattr(model, "current_weight_patches_uuid", None)
+    return bool(getattr(patcher, "patches_uuid", None) != placed)
 
 
 def _merge(patches: HostPatches) -> None:

@@ -40,6 +40,13 @@ class KeptPatches(Kept):
     def start(self, engine: Any) -> None:
         self.put_back({})
 
+    def put_back(self, patches: Mapping[int, Mapping[Any, Any]]) -> None:
+        """In the same dictionaries, which the host's table holds."""
+        for patcher in self.each():
+            former = dict(patches.get(id(patcher), {}))
+            patcher.lora_patches.clear()
+            patcher.lora_patches.update(former)
+
     def put(self, patcher: Any, source: str, patches: Mapping[Any, Any], strength: float) -> None:
         patcher.lora_patches[source, strength] = _entries(patches, strength)
 

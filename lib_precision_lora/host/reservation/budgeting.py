@@ -109,6 +109,11 @@ class Budgeting:
             return size
         return float(total)
 
+    def attached(self, model: nn.Module) -> bool:
+        """Whether anything of ours is on this model."""
+        session = self._sessions.get(model)
+        return session is not None and bool(session.attached)
+
     def placed(self, model: nn.Module) -> int:
         """Bytes of this model's factors that stand on the device."""
         session = self._sessions.get(model)
@@ -117,7 +122,7 @@ class Budgeting:
     def _free_without_models(self, device: Any) -> int:
         """What is free once every model and every factor has left the device."""
         held = 0
-        for loaded in self._host.memory.current_loaded_models:
+        for loaded in self._host.loaded():
             if loaded.device == device:
                 held += self._host.size(loaded.model.model, loaded.device)
                 held += self.placed(loaded.model.model)

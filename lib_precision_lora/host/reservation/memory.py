@@ -134,10 +134,11 @@ class MemoryPlanner:
     def place(self, patcher: Any) -> None:
         """Bring the factors to the device; a file for which that fails is left out."""
         model, start = patcher.model, time.perf_counter()
-        session, decided = self._session(model), self._plans.get(model)
+        decided, session = self._plans.get(model), None
         if decided is None:
             return
         try:
+            session = self._session(model)
             while session.attached:
                 try:
                     with self._stage("placing LoRAs") as tick:
@@ -154,7 +155,8 @@ class MemoryPlanner:
         except Exception:  # the first forward places them as well
             logger.exception("placing LoRAs failed; please report it with the console's log")
         finally:
-            self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
+            if session is not None:
+                self._measured[model] = Placed(session.placed_bytes, session.streamed_bytes)
 
     def guard(self, host_free_memory: Callable[..., Any]) -> Callable[..., Any]:
         """The host's `free_memory`, never asked for more than the card has."""
@@ -180,7 +182,7 @@ class MemoryPlanner:
         """
         decided = [(model, self._plans.get(model)) for model in models]
         plans = [(model, each.plan) for model, each in decided if each is not None]
-        plans = [(model, plan) for model, plan in plans if self._session(model).attached]
+        plans = [(model, plan) for model, plan in plans if self._budgeting.attached(model)]
         if not plans:
             return None
         placed = [self._measured.get(model, Placed()) for model, _ in plans]
@@ -200,7 +202,7 @@ class MemoryPlanner:
     def _make_room(self, patcher: Any, models: Sequence[Any], needed: float) -> None:
         """Unload a model that stands on the card where the host would leave too little beside it."""
         host, device, model = self._host.memory, patcher.load_device, patcher.model
-        here = [loaded for loaded in host.current_loaded_models if loaded.model.model is model]
+        here = [loaded for loaded in self._host.loaded() if loaded.model.model is model]
         granted, wanted = self._granted.get(model, 0), self._plans[model].plan.reserve_bytes
         files = frozenset(source_of(key) for key in self._host.patches(patcher))
         same_files = self._granted_for.get(model) == files
@@ -210,7 +212,7 @@ class MemoryPlanner:
             return
         if wanted > granted * A_LITTLE_MORE:
             self._granted[model] = wanted
-            keep = [each for each in host.current_loaded_models if any(each.model is m for m in models)]
+            keep = [each for each in self._host.loaded() if any(each.model is m for m in models)]
             host.free_memory(needed, device, [*keep, *here])
             if host.get_free_memory(device) >= needed:
                 return

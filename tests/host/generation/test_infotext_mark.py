@@ -136,6 +136,7 @@ def test_what_is_still_in_effect_where_extra_networks_are_disabled_is_marked(job
     assert images(jobs, "a cat", disable_extra_networks=True) == [MARKED]
 
 
+@pytest.mark.only_on("forge", "patches of other extensions go Neo's own way")
 @pytest.mark.parametrize(("strength", "written"), [(0.5, MARKED), (0.0, {})])
 def test_another_extensions_patches_that_we_apply_are_marked(
     jobs: Jobs, strength: float, written: dict[str, str]

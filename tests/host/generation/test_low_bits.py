@@ -21,7 +21,7 @@ def card(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that can quantize to 4 bits."""
     from backend import operations
 
-    monkeypatch.setattr(operations, "bnb_avaliable", True)
+    monkeypatch.setattr(operations, "bnb_avaliable", True, raising=False)
     monkeypatch.setattr(bare_host.memory, "get_torch_device", lambda: torch.device("cuda"))
 
 
@@ -107,7 +107,7 @@ def test_four_bits_need_the_package_and_a_card(
 ) -> None:
     from backend import operations
 
-    monkeypatch.setattr(operations, "bnb_avaliable", package)
+    monkeypatch.setattr(operations, "bnb_avaliable", package, raising=False)
     monkeypatch.setattr(bare_host.memory, "get_torch_device", lambda: torch.device(device))
     dense = str(write_header(tmp_path / "dense.safetensors", f"{LAYER}.weight"))
     already = str(write_header(tmp_path / "nf4.safetensors", NF4))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_precision_lora.host.generation.override import Override
 from lib_precision_lora.ui.choices import FP16_LORA
@@ -39,11 +39,6 @@ def error(jobs: Jobs, p: Any, *active: Active, stored: bool = False) -> float:
     """`‖y − exact‖ / ‖exact‖` of the last pass."""
     exact: Tensor = exact_output(jobs.host.current, "a cat", list(active), stored)
     return float((p.outputs[-1].double() - exact).norm() / exact.norm())
-
-
-def online_layers(model: nn.Module) -> int:
-    """Modules that the host merges anew in every forward."""
-    return sum(hasattr(module, "forge_online_loras") for module in model.modules())
 
 
 def test_a_compute_mode_is_that_generations_alone(jobs: Jobs, cats: LoraFile) -> None:
@@ -77,7 +72,7 @@ def test_stock_merges_once_and_ours_is_back_at_the_next_generation(jobs: Jobs, c
         assert error(jobs, p, active, stored=override is MERGE) < EXACT
         assert error(jobs, p, active, stored=override is not MERGE) > 1e-3
         assert bool(branches(model)) is (override is None)
-        assert bool(model.lora_loader.backup) is (override is MERGE)
+        assert bool(jobs.host.contract.merged(jobs.host.current)) is (override is MERGE)
     assert jobs.host.args.dynamic_args["online_lora"] is False
     assert len(jobs.loads) == 1
 
@@ -88,8 +83,8 @@ def test_stock_with_fp16_loras_keeps_them_online(jobs: Jobs, cats: LoraFile) -> 
     expected = {None: (False, False), MERGE: (True, False), ONLINE: (False, True)}
     for override in (ONLINE, None, ONLINE, MERGE, ONLINE, None):
         p = jobs.run(text, override)
-        model = jobs.host.current.model
-        found = bool(model.lora_loader.backup), bool(online_layers(model))
+        contract, checkpoint = jobs.host.contract, jobs.host.current
+        found = bool(contract.merged(checkpoint)), bool(contract.online(checkpoint))
         assert found == expected[override], override
         if override is None:
             assert error(jobs, p, Active(cats)) < EXACT
@@ -107,7 +102,7 @@ def test_a_nested_generation_by_stock_leaves_the_outer_one_ours(jobs: Jobs, cats
 
     outer = jobs.run(text, during=nest, n_iter=2)
     assert len(outer.outputs) == 2
-    assert not jobs.run(text).sd_model.model.lora_loader.backup
+    assert not jobs.host.contract.merged(jobs.run(text).sd_model)
 
 
 def test_without_a_lora_in_the_prompt_stock_leaves_nothing_on(jobs: Jobs, cats: LoraFile) -> None:
@@ -127,7 +122,7 @@ def test_the_fp16_lora_variants_mean_the_same_as_the_plain_ones(jobs: Jobs, cats
         jobs.select(low_bits=f"{LOW} (fp16 LoRA)")
         done.append(jobs.run(text))
     assert all(torch.equal(p.outputs[-1], done[0].outputs[-1]) for p in done)
-    assert online_layers(jobs.host.current.model) == 0
+    assert jobs.host.contract.online(jobs.host.current) == 0
     assert jobs.loads == [("first.safetensors", FP8)]
     assert lines.count(FP16_LORA) == 1
     assert [FP16_LORA in p.comments for p in done] == [False, True, False, False, False]
@@ -139,7 +134,7 @@ def test_with_the_extension_off_a_variant_is_the_hosts(jobs: Jobs, cats: LoraFil
     with log_lines(logging.INFO) as lines:
         for low_bits, online in ((LOW, False), (f"{LOW} (fp16 LoRA)", True), (LOW, False)):
             jobs.run(text, Override(low_bits))
-            assert bool(online_layers(jobs.host.current.model)) is online
+            assert bool(jobs.host.contract.online(jobs.host.current)) is online
     assert not [line for line in lines if "changes nothing" in line]
 
 

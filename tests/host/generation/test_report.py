@@ -131,6 +131,7 @@ def test_a_file_that_fails_while_it_is_attached_is_left_out_in_the_report_too(
     assert [file.problem for file in report.left_out] == ["A LoRA was left out: cats: layer x does not fit"]
 
 
+@pytest.mark.only_on("forge", "patches of other extensions go Neo's own way, beside ours on a layer")
 def test_layers_that_go_the_hosts_own_way_are_counted(host: Host, checkpoint: Checkpoint) -> None:
     """Another extension's patch of an unknown kind takes its whole layer to the host."""
     make_lora("cats").write(host)

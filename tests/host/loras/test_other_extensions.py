@@ -28,6 +28,8 @@ from tests.host.lora_files import (
 from tests.host.observers import bases_of, branches, bytes_of_bases, hooks_of
 from tests.host.webui import Host
 
+pytestmark = pytest.mark.only_on("forge", "patches of other extensions go Neo's own way: tests/host/neo")
+
 EXACT = 1e-5
 ATTN = "diffusion_model.blocks.0.attn.weight"
 MLP = "diffusion_model.blocks.1.mlp.weight"
@@ -88,7 +90,7 @@ def test_a_lora_of_another_extension_is_computed_beside_the_base(
     )
     assert distance(image, checkpoint.exact("a cat", *expected)) < EXACT
     assert bases_of(checkpoint) == base
-    assert checkpoint.model.lora_loader.backup == {}
+    assert not host.contract.merged(checkpoint)
     image = generate(host, prompt("a cat", *active))
     assert distance(image, exact_output(checkpoint, "a cat", active)) < EXACT, (
         "its clone is gone, and its patches"
@@ -116,7 +118,7 @@ def test_a_patcher_that_stays_loaded_is_merged_once_we_are_off(
         leave()
     image = generate(host, "a cat", before_sampling=before_sampling)
     assert distance(image, exact) < EXACT
-    assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+    assert host.contract.merged(checkpoint) == {ATTN}
 
 
 def test_rows_of_a_fused_weight_and_a_base_factor_are_understood(
@@ -171,11 +173,11 @@ def test_another_kind_of_adapter_runs_beside_the_base_as_the_host_would_merge_it
     before_sampling = adds({ATTN: make(host)}, 0.75)
     plain = generate(host, "a cat")
     image = generate(host, "a cat", before_sampling=before_sampling)
-    assert not checkpoint.model.lora_loader.backup
+    assert not host.contract.merged(checkpoint)
     assert branches(checkpoint.model) == 1
     host.set_option(ENABLED, False)
     merged = generate(host, "a cat", before_sampling=before_sampling)
-    assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+    assert host.contract.merged(checkpoint) == {ATTN}
     assert distance(image, merged.values) < EXACT < distance(image, plain.values)
 
 
@@ -188,7 +190,7 @@ def test_what_we_do_not_compute_goes_the_hosts_way_for_that_parameter_alone(
     text = prompt("a cat", Active(cats, 0.5))
     try:
         image = generate(host, text, before_sampling=before_sampling)
-        assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+        assert host.contract.merged(checkpoint) == {ATTN}
         assert branches(checkpoint.model) == 3
         merged = checkpoint.model.get_parameter(ATTN).double()
         unet, te = exact_weights(checkpoint, [Active(cats, 0.5)])
@@ -232,7 +234,7 @@ def test_what_the_host_has_merged_of_a_source_goes_with_the_part_that_we_cannot_
             assert bytes_of_bases(checkpoint) == base
             assert any("does not fit" in comment for comment in image.comments)
         image = generate(host, "a cat", before_sampling=before_sampling)
-        assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+        assert host.contract.merged(checkpoint) == {ATTN}
         assert branches(checkpoint.model) == 1
     finally:
         host.lora.extra_weight_calculators.pop("fooocus", None)
@@ -282,7 +284,7 @@ def test_a_patch_that_the_host_cannot_merge_takes_no_lora_of_its_layer_with_it(
             (comment,) = image.comments
             assert "theirs: the WebUI's own merge failed (RuntimeError: a mask of another size)" in comment
             assert image.parameters["Precision LoRA skipped"] == "theirs"
-            assert checkpoint.model.lora_loader.backup == {}
+            assert not host.contract.merged(checkpoint)
         image = generate(host, prompt("a cat", *active))
         assert not image.comments
         assert distance(image, checkpoint.exact("a cat", unet, te)) < EXACT
@@ -307,7 +309,7 @@ def test_of_two_patches_that_only_the_host_understands_the_one_that_fails_goes(
         alone = generate(host, prompt("a cat", *active), before_sampling=sound)
         image = generate(host, prompt("a cat", *active), before_sampling=before_sampling)
         assert image.parameters["Precision LoRA skipped"] == "theirs"
-        assert set(checkpoint.model.lora_loader.backup) == {ATTN}
+        assert host.contract.merged(checkpoint) == {ATTN}
         assert torch.equal(image.values, alone.values)
     finally:
         for kind in ("broken", "fooocus"):
@@ -334,7 +336,7 @@ def test_a_patch_that_widens_an_input_layer_stays_the_hosts_while_our_loras_chan
         if active:
             merged[:, :4] += strength * file.deltas[name]
         assert distance(image, checkpoint.exact("a cat", {**unet, name: merged}, te)) < EXACT
-        assert set(checkpoint.model.lora_loader.backup) == {name}
+        assert host.contract.merged(checkpoint) == {name}
     generate(host, "a cat")
     assert bytes_of_bases(checkpoint) == base
     assert hooks_of(checkpoint.model) == 0

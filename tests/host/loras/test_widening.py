@@ -76,7 +76,7 @@ def test_a_file_that_widens_an_input_layer_runs_beside_the_base(
         assert distance(image, checkpoint.exact("a cat", {**unet, name: wide}, te)) < EXACT
         assert branches(checkpoint.model) == 2
         assert bases_of(checkpoint) == base
-        assert not checkpoint.model.lora_loader.backup
+        assert not host.contract.merged(checkpoint)
     give_control_image(checkpoint, None)
     image = generate(host, "a cat")
     assert distance(image, exact_output(checkpoint, "a cat")) < EXACT

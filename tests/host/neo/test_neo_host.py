@@ -115,11 +115,15 @@ def match_of(value: object) -> FileMatch:
 
 @pytest.mark.parametrize("least", [None, 300.0])
 def test_a_reserve_counts_in_both_of_the_memory_arguments(neo: Any, least: float | None) -> None:
+    """Beside what Neo keeps free for any image, where that is more than what this one needs."""
     neo.follower.reserve = 500.0
     neo.memory.load_models_gpu([], 1000.0, minimum_memory_required=least, force_full_load=True)
     (((models, required, force, minimum), named),) = neo.requests
     assert (models, required, force, named) == ([], 1500.0, False, {"force_full_load": True})
-    assert minimum == (None if least is None else 800.0)
+    assert minimum == (None if least is None else LEAST - RESERVED + 500.0)
+    neo.follower.reserve = 0.0
+    neo.memory.load_models_gpu([], 1000.0, minimum_memory_required=least)
+    assert neo.requests[1][0] == ([], 1000.0, False, least)
 
 
 def test_no_request_is_larger_than_the_card(neo: Any) -> None:
@@ -143,13 +147,17 @@ def test_of_a_model_that_leaves_in_part_nothing_is_missing(neo: Any, gone: bool,
     assert steps == ["unmerge", *(["release"] if gone else ["bring"] if merged else [])]
 
 
-def test_layers_are_unmerged_only_where_a_model_is_placed_in_part(neo: Any) -> None:
+def test_layers_are_unmerged_only_where_a_model_is_placed_in_part_or_patched_anew(neo: Any) -> None:
     loaded = neo.memory.LoadedModel(engine_of(neo.model).forge_objects.unet)
+    neo.model.current_weight_patches_uuid = loaded.model.patches_uuid
     loaded.model_load(5000)
     loaded.model_load()
     assert neo.follower.told == []
     loaded.model_load(500)
     assert neo.follower.told == [("unmerge", neo.model)]
+    neo.model.current_weight_patches_uuid = "another one"
+    loaded.model_load()
+    assert neo.follower.told == [("unmerge", neo.model)] * 2
 
 
 def test_loras_lie_beside_the_patchers_by_model(neo: Any) -> None:

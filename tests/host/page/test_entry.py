@@ -23,7 +23,7 @@ def entry(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     from tests.page.host_page import ScriptCallbacks, page_modules
     from tests.page.server import load_extension
 
-    if bare_host.kind != "double":
+    if not bare_host.double:
         pytest.skip("a real WebUI has scripts and callbacks of its own: tests/forge runs it")
     modules = page_modules()
     for name, module in modules.items():

@@ -50,7 +50,7 @@ def test_a_lora_is_computed_exactly_beside_an_untouched_base(host: Host, checkpo
     assert distance(image, exact_output(checkpoint, "a cat", [Active(lora)])) < EXACT
     assert distance(image, exact_output(checkpoint, "a cat")) > 0.1
     assert bases_of(checkpoint) == base
-    assert checkpoint.model.lora_loader.backup == {}
+    assert not host.contract.merged(checkpoint)
 
 
 def test_off_is_stock_on_is_exact_at_the_next_generation(host: Host, checkpoint: Checkpoint) -> None:
@@ -292,10 +292,13 @@ def test_a_prompt_without_loras_attaches_nothing(host: Host, checkpoint: Checkpo
     assert checkpoint.forge_objects.unet is checkpoint.forge_objects_original.unet
 
 
+@pytest.mark.only_on("forge", "patches of other extensions go Neo's own way")
 def test_the_dora_norm_of_stock_forge_makes_old_images_again(host: Host, checkpoint: Checkpoint) -> None:
     """A DoRA as its own extension would add it: ours as trained, ours as stock, and stock's own merge."""
     parameter = "diffusion_model.blocks.0.attn.weight"
-    value = "lora", (values(8, 2), values(2, 8), 1.0, None, 1.0 + values(8, 1))
+    value = host.contract.patch_value(
+        up=values(8, 2), down=values(2, 8), alpha=torch.tensor(1.0), dora_scale=1.0 + values(8, 1)
+    )
 
     def before_sampling(target: Any) -> None:
         unet = target.forge_objects.unet.clone()
@@ -305,8 +308,8 @@ def test_the_dora_norm_of_stock_forge_makes_old_images_again(host: Host, checkpo
     trained = generate(host, "a cat", before_sampling=before_sampling).values
     host.set_option(DORA_NORM, AS_STOCK)
     as_stock = generate(host, "a cat", before_sampling=before_sampling).values
-    assert not checkpoint.model.lora_loader.backup
+    assert not host.contract.merged(checkpoint)
     host.set_option(ENABLED, False)
     stock = generate(host, "a cat", before_sampling=before_sampling)
-    assert set(checkpoint.model.lora_loader.backup) == {parameter}
+    assert host.contract.merged(checkpoint) == {parameter}
     assert distance(stock, as_stock) < EXACT < 1e-3 < distance(stock, trained)

@@ -87,6 +87,7 @@ def test_a_text_encoder_is_planned_as_a_model_is(host: Host, card: Card, checkpo
     assert distance(image, exact_output(checkpoint, "a cat", [active])) < EXACT
 
 
+@pytest.mark.only_on("forge", "patches of other extensions go Neo's own way, which counts its online ones")
 def test_online_loras_of_another_extension_are_counted_once_and_all_patches_stay_as_they_are(
     host: Host, card: Card, checkpoint: Checkpoint
 ) -> None:
@@ -121,6 +122,7 @@ def test_online_loras_of_another_extension_are_counted_once_and_all_patches_stay
     assert torch.equal(images[0].values, images[1].values)
 
 
+@pytest.mark.only_on("forge", "a model of Neo gives way by itself: tests/host/neo")
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_resident_model_is_placed_anew_where_the_host_would_ignore_a_larger_reserve(
     host: Host, card: Card, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, ours: bool
@@ -155,6 +157,7 @@ def test_a_resident_model_is_placed_anew_where_the_host_would_ignore_a_larger_re
     assert placed(card) == []
 
 
+@pytest.mark.only_on("forge", "a model of Neo gives way by itself: tests/host/neo")
 def test_small_steps_down_add_up_to_one_worth_a_move(
     host: Host, card: Card, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +202,8 @@ def test_streamed_factors_make_the_same_image(
     assert report.measured_bytes == card.factors()
     assert report.extra_bytes == least_bytes(64) + more
     assert torch.equal(streamed.values, resident.values)
-    assert placed(card) == [base], "no layer of the checkpoint gives way to factors that can be streamed"
+    if host.name == "forge" or kind == "as set":  # to the byte: Neo wants one more, or goes layer by layer
+        assert placed(card) == [base], "no layer of the checkpoint gives way to factors that can be streamed"
     (session,) = [each for each in installation.active().sessions().values() if each.attached]
     assert card.factors() <= more
     assert (card.factors() > 0) == (kind == "a part")

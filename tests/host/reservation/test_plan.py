@@ -105,7 +105,7 @@ def state(host: Host, card: Card) -> dict[str, Any]:
     return {
         "bases": bases_of(engine),
         "hooks": (hooks_of(engine.model), hooks_of(engine.encoder)),
-        "patchers": [(id(each), id(each.lora_patches), list(each.lora_patches)) for each in patchers],
+        "patchers": [(id(each), str(active.host.patches(each))) for each in patchers],
         "hash": engine.current_lora_hash,
         "comments": list(engine.comments),
         "parameters": dict(engine.extra_generation_params),

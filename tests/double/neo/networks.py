@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import functools
-import os
+import logging
 from typing import Any
 
-import network
-import torch
 from backend.args import dynamic_args
 from backend.patcher.lora import load_lora, model_lora_keys_clip, model_lora_keys_unet
 from backend.utils import load_torch_file
-from modules import errors, sd_models, shared
+from lora_folder import (
+    available_network_aliases,
+    available_networks,
+    forbidden_network_aliases,
+    list_available_networks,
+    load_network,
+    update_available_networks_by_names,
+)
+from modules import sd_models
 
-available_networks: dict[str, Any] = {}
-available_network_aliases: dict[str, Any] = {}
-forbidden_network_aliases: dict[str, int] = {}
-available_network_hash_lookup: dict[str, Any] = {}
+__all__ = [
+    "available_network_aliases",
+    "available_networks",
+    "forbidden_network_aliases",
+    "list_available_networks",
+    "load_network",
+    "load_networks",
+    "loaded_networks",
+    "update_available_networks_by_names",
+]
+
+logger = logging.getLogger("lora")
 loaded_networks: list[Any] = []
-
-
-@functools.lru_cache(maxsize=5)
-def load_lora_state_dict(filename: str) -> Any:
-    """Cached by path: a file that is written anew is not read again."""
-    return load_torch_file(filename, safe_load=True)
-
-
-def load_network(name: str, network_on_disk: Any) -> network.Network:
-    net = network.Network(name, network_on_disk)
-    net.mtime = os.path.getmtime(network_on_disk.filename)
-    return net
+load_lora_state_dict = functools.partial(load_torch_file, safe_load=True)
 
 
 def load_lora_for_models(
@@ -42,17 +45,16 @@ def load_lora_for_models(
     online_mode: bool = False,
 ) -> tuple[Any, Any]:
     unet_patches, rest = load_lora(lora, model_lora_keys_unet(model.model))
-    clip_patches: Any = {}
-    if clip is not None:
-        clip_patches, rest = load_lora(rest, model_lora_keys_clip(clip.cond_stage_model))
-    if len(rest) > 12:
+    clip_patches, rest = load_lora(rest, {} if clip is None else model_lora_keys_clip(clip.cond_stage_model))
+    if len(rest) > 0.5 * len(lora):
+        logger.warning("[LORA] LoRA mismatch for %s", filename)
         return model, clip
     if unet_patches:
         model = model.clone()
         model.add_patches(
             filename=filename, patches=unet_patches, strength_patch=strength_model, online_mode=online_mode
         )
-    if clip is not None and clip_patches:
+    if clip_patches:
         clip = clip.clone()
         clip.add_patches(
             filename=filename, patches=clip_patches, strength_patch=strength_clip, online_mode=online_mode
@@ -60,9 +62,8 @@ def load_lora_for_models(
     return model, clip
 
 
-def load_networks(
-    names: Any, te_multipliers: Any = None, unet_multipliers: Any = None, dyn_dims: Any = None
-) -> None:
+def load_networks(names: Any, te_multipliers: Any = None, unet_multipliers: Any = None) -> None:
+    """A name that no file has is passed over; a file is read anew whenever anything has changed."""
     engine = sd_models.model_data.get_sd_model()
     if engine is None:
         return
@@ -74,18 +75,16 @@ def load_networks(
     for found, name in zip(on_disk, names, strict=True):
         try:
             net = load_network(name, found)
-        except Exception as error:  # noqa: BLE001  as the host does
-            errors.display(error, f"loading network {found.filename}")
-            continue
-        net.mentioned_name = name
-        found.read_hash()
-        loaded_networks.append(net)
-    online = dynamic_args.get("online_lora", False)
-    if engine.forge_objects.unet.model.storage_dtype in (torch.float32, torch.float16, torch.bfloat16):
-        online = False
+            net.mentioned_name = name
+            found.read_hash()
+            loaded_networks.append(net)
+        except Exception:  # noqa: BLE001  as the host does
+            logger.error('Failed to load LoRA: "%s"', name)
+    online = dynamic_args.online_lora or False
     targets = [
         [found.filename, unet, te, online]
         for found, unet, te in zip(on_disk, unet_multipliers, te_multipliers, strict=True)
+        if found is not None
     ]
     if engine.current_lora_hash == str(targets):
         return
@@ -103,26 +102,3 @@ def load_networks(
             online_mode=online,
         )
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
-
-
-def process_network_files(names: list[str] | None = None) -> None:
-    files = shared.walk_files(shared.cmd_opts.lora_dir, allowed_extensions=[".pt", ".ckpt", ".safetensors"])
-    for filename in files:
-        name = os.path.splitext(os.path.basename(filename))[0]
-        if names and name not in names:
-            continue
-        entry = network.NetworkOnDisk(name, filename)
-        available_networks[name] = entry
-        available_network_aliases[name] = entry
-
-
-def update_available_networks_by_names(names: list[str]) -> None:
-    process_network_files(names)
-
-
-def list_available_networks() -> None:
-    available_networks.clear()
-    available_network_aliases.clear()
-    forbidden_network_aliases.clear()
-    forbidden_network_aliases.update({"none": 1, "Addams": 1})
-    process_network_files()

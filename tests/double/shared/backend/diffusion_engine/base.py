@@ -6,6 +6,7 @@ from typing import Any
 
 import safetensors.torch
 from backend import utils
+from backend.diffusion_engine.whole import save_checkpoint
 
 
 class ForgeObjects:
@@ -28,15 +29,4 @@ class ForgeDiffusionEngine:
         safetensors.torch.save_file(state, filename)
         return filename
 
-    def save_checkpoint(self, filename: str) -> str:
-        objects = self.forge_objects
-        parts = {
-            "model.diffusion_model.": objects.unet.model.diffusion_model,
-            "text_encoders.": objects.clip.cond_stage_model,
-            "vae.": objects.vae.first_stage_model,
-        }
-        state: dict[str, Any] = {}
-        for prefix, part in parts.items():
-            state |= utils.get_state_dict_after_quant(part, prefix=prefix)
-        safetensors.torch.save_file(state, filename)
-        return filename
+    save_checkpoint = save_checkpoint

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from backend import memory_management
 from modules import extra_networks, sd_models, shared
+from modules.conditioning_key import cached_params
 from modules.sd_models import forge_model_reload
 from modules.shared import opts
 from modules.sysinfo import set_config
@@ -60,27 +61,7 @@ class StableDiffusionProcessing:
     def parse_extra_network_prompts(self) -> None:
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
 
-    def cached_params(
-        self,
-        required_prompts: Any,
-        steps: int,
-        extra_network_data: Any,
-        hires_steps: int | None = None,
-        use_old_scheduling: bool = False,
-    ) -> tuple[Any, ...]:
-        return (
-            required_prompts,
-            self.distilled_cfg_scale,
-            self.hr_distilled_cfg,
-            steps,
-            hires_steps,
-            use_old_scheduling,
-            opts.CLIP_stop_at_last_layers,
-            shared.sd_model.sd_checkpoint_info,
-            extra_network_data,
-            self.width,
-            self.height,
-        )
+    cached_params = cached_params
 
     def get_conds_with_caching(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lora_families import DELTAS, decomposed
 from torch import Tensor
 
 extra_weight_calculators: dict[str, Callable[[Tensor, float, Any], Tensor]] = {}
@@ -38,9 +39,9 @@ def _merged(
         return weight.copy_(content[0])
     if kind in extra_weight_calculators:
         return extra_weight_calculators[kind](weight, strength, content)
-    if kind not in _DELTAS:
+    if kind not in DELTAS:
         return weight
-    delta, scale, magnitude = _DELTAS[kind](content, weight)
+    delta, scale, magnitude = DELTAS[kind](content, weight)
     if delta.numel() == weight.numel():
         delta = delta.reshape(weight.shape)
     elif weight.shape[1] < delta.shape[1]:
@@ -50,10 +51,7 @@ def _merged(
     if magnitude is None:
         weight += function(strength * scale * delta)
         return weight
-    merged = weight + function(scale * delta)
-    norm = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
-    weight += strength * (merged * (magnitude.to(weight).reshape(norm.shape) / norm) - weight)
-    return weight
+    return decomposed(weight, function(scale * delta), strength, magnitude)
 
 
 def _add_diff(value: Tensor, weight: Tensor, strength: float) -> Tensor:
@@ -69,24 +67,3 @@ def _add_diff(value: Tensor, weight: Tensor, strength: float) -> Tensor:
     for tensor, factor in ((weight, 1.0), (value, strength)):
         wide[tuple(slice(size) for size in tensor.shape)] += factor * tensor
     return wide
-
-
-def _lora(content: Any, weight: Tensor) -> tuple[Tensor, float, Tensor | None]:
-    up, down, alpha, _, magnitude = content
-    delta = up.to(weight).flatten(1) @ down.to(weight).flatten(1)
-    return delta, 1.0 if alpha is None else alpha / down.shape[0], magnitude
-
-
-def _loha(content: Any, weight: Tensor) -> tuple[Tensor, float, Tensor | None]:
-    first_up, first_down, alpha, second_up, second_down, _, _, magnitude = content
-    delta = (first_up.to(weight) @ first_down.to(weight)) * (second_up.to(weight) @ second_down.to(weight))
-    return delta, 1.0 if alpha is None else alpha / first_down.shape[0], magnitude
-
-
-def _lokr(content: Any, weight: Tensor) -> tuple[Tensor, float, Tensor | None]:
-    first, second, *_, magnitude = content
-    return torch.kron(first.to(weight), second.to(weight)), 1.0, magnitude
-
-
-_DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr}
-"""Kind → (ΔW, its scale, a DoRA's magnitude)."""

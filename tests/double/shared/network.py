@@ -18,7 +18,8 @@ class NetworkOnDisk:
         self.shorthash: str | None = None
         os.stat(filename)
 
-    def set_hash(self, v: str) -> None:
+    def set_hash(self, v: str, /) -> None:
+        """Each host has another name for it."""
         self.hash, self.shorthash = v, v[:12]
 
     def read_hash(self) -> None:

@@ -33,6 +33,10 @@ def set_attr_raw(obj: Any, attr: str, value: Any) -> None:
     setattr(parent, name, value)
 
 
+def set_attr(obj: Any, attr: str, value: Tensor) -> None:
+    set_attr_raw(obj, attr, nn.Parameter(value, requires_grad=False))
+
+
 def get_state_dict_after_quant(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Copies, so that tensors which stand at several places can be saved."""
     return {prefix + name: value.clone() for name, value in model.state_dict().items()}

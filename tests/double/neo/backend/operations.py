@@ -1,0 +1,1 @@
+"""How layers compute their low-bit weights; here none does by itself."""
