@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import card, dora_norms, family_cost, forward, memory, overhead_meter, ready
+from benchmarks import card, dora_norms, family_cost, forward, host_cost, memory, overhead_meter, ready
 from benchmarks.forward import where
 from benchmarks.interleave import machine_device
 
@@ -48,6 +48,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "Families",
         family_cost.main,
         ("--tokens", "64", "--inputs", "768", "--outputs", "768", "--repeats", "3"),
+    ),
+    "host_cost": Benchmark(
+        "What a call costs beyond the layer's own", host_cost.main, ("--calls", "200", "--rounds", "3")
     ),
     "dora": Benchmark("Norms of a DoRA", dora_norms.main, ("--shape", "768x768", "--repeats", "3")),
 }

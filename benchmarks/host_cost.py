@@ -8,9 +8,11 @@ makes a call faster than it is. torch's own operations count, of which each take
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import get_args
 
@@ -58,10 +60,26 @@ def microseconds(run: Callable[[], object], calls: int) -> float:
     return 1e6 * (time.process_time() - start) / calls
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_cost", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--calls", type=int, default=CALLS, help="in a row, of which the mean counts")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which the least counts")
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
+    options = parser.parse_args(arguments)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        found = list(rows(options.calls, options.rounds))
+    finally:
+        torch.set_num_threads(threads)
+    if options.json:
+        names = ("activations", "compute", "own_us", "beyond_us")
+        sys.stdout.write(f"{json.dumps([dict(zip(names, row, strict=True)) for row in found])}\n")
+        return 0
     lines = ["| activations | compute mode | the layer's own, µs | beyond, µs |", "|---|---|---:|---:|"]
-    lines += [f"| {name} | {compute} | {own:.1f} | {beyond:.1f} |" for name, compute, own, beyond in rows()]
+    lines += [f"| {name} | {compute} | {own:.1f} | {beyond:.1f} |" for name, compute, own, beyond in found]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -85,7 +85,7 @@ class PlainStack:
     def with_strengths(self, additions: Sequence[Add]) -> PlainStack:
         """The same factors at other strengths: one short vector."""
         scale, factor, even = _scales(self.form, additions, self.exponents, self.down.shape[1])
-        here = scale.to(self.scale.device)
+        here = scale.to(self.scale.device, copy=True)
         # one by one: `dataclasses.replace` takes longer than all the rest, for each layer
         return PlainStack(self.form, self.down, here, factor, self.ranges, self.signs, self.exponents, even)
 
@@ -189,7 +189,7 @@ def build_plain(
     return PlainStack(
         form,
         down.flatten(0, 1),
-        scale.to(device),
+        scale.to(device, copy=True),
         factor,
         tuple(ranges),
         SIGNS.to(device, form.activations, copy=True) if form.signed else None,

@@ -26,6 +26,13 @@ class OnTheFly:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A parameter's value before it was merged."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Leaf:
     """A module with parameters of its own alone. transient: bytes that a forward needs where it is not on the
     device; casts: whether it can compute from there."""
@@ -59,7 +66,7 @@ class ModelPatcher:
         self.size = size
         self.model.device = current_device
         self.patches: dict[str, list[Any]] = {}
-        self.backup: dict[str, Tensor] = {}
+        self.backup: dict[str, Kept] = {}
         self.object_patches: dict[str, Any] = {}
         self.object_patches_backup: dict[str, Any] = {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
@@ -142,7 +149,7 @@ class ModelPatcher:
         if key not in self.patches:
             return
         weight = utils.get_attr(self.model, key)
-        self.backup.setdefault(key, weight.to(device=self.offload_device))
+        self.backup.setdefault(key, Kept(weight.to(device=self.offload_device)))
         merged = merge_lora_to_weight(
             self.patches[key], weight.to(device=device_to, dtype=torch.float32, copy=True), key
         )
@@ -214,8 +221,8 @@ class ModelPatcher:
                 for module in self.model.modules():
                     wipe(module)
                 self.model.model_lowvram = False
-            for key, value in self.backup.items():
-                utils.set_attr(self.model, key, value)
+            for key, kept in self.backup.items():
+                utils.set_attr(self.model, key, kept.weight)
             self.backup.clear()
             self.model.current_weight_patches_uuid = None
             if device_to is not None:
@@ -240,7 +247,7 @@ class ModelPatcher:
             if merged and not leaf.casts:
                 continue
             for key in merged:
-                utils.set_attr(self.model, key, self.backup.pop(key))
+                utils.set_attr(self.model, key, self.backup.pop(key).weight)
             leaf.module.to(device_to)
             if leaf.casts:
                 self._on_the_fly(leaf)
