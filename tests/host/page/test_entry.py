@@ -87,7 +87,10 @@ def test_in_an_unknown_webui_page_and_settings_say_that_we_are_off_and_why(
 ) -> None:
     options = ModuleType("modules.options")
     monkeypatch.setattr(
-        options, "OptionHTML", lambda text: SimpleNamespace(text=text, default=text), raising=False
+        options,
+        "OptionHTML",
+        lambda text: SimpleNamespace(text=text, default=text, do_not_save=True),
+        raising=False,
     )
     monkeypatch.setitem(sys.modules, "modules.options", options)
     monkeypatch.setattr(steps, "add_axes", lambda: None)

@@ -31,8 +31,13 @@ def refresh_model_loading_parameters(*, refresh: bool = True) -> None:
         "additional_modules": shared.opts.forge_additional_modules,
         "unet_storage_dtype": storage,
     }
-    dynamic_args.online_lora = online
+    dynamic_args.online_lora = online or _is_gguf(sd_models.select_checkpoint())
     processing.need_global_unload = True
+
+
+def _is_gguf(checkpoint: Any) -> bool:
+    """LoRAs cannot be merged into it."""
+    return checkpoint is not None and str(checkpoint.filename).lower().endswith("gguf")
 
 
 def checkpoint_change(ckpt_name: str, preset: str | None, save: bool = True, refresh: bool = True) -> bool:
