@@ -66,8 +66,9 @@ class Binding:
             lambda: getattr(sd_models.model_data.get_sd_model(), "extra_generation_params", None)
         )
         self.record = Record()
-        self.following = Following(self.settings, self._models, self.progress, self.record, self.notices)
-        self.following.aside = self.host.put_aside
+        self.following = Following(
+            self.settings, self._models, self.progress, self.record, self.notices, self._new_session
+        )
         self._positions: int | None = None
         budgeting = Budgeting(host, self.following.sessions, self.following.session, self.settings)
         self._planning = Planning(
@@ -118,6 +119,9 @@ class Binding:
     def _models(self) -> list[nn.Module]:
         return [patcher.model for patcher in patchers_of(self._engine())]
 
+    def _new_session(self, model: nn.Module) -> HostedSession:
+        return HostedSession(model, self.host.put_aside, self.host.memory.get_torch_device)
+
     def sessions(self) -> Mapping[nn.Module, HostedSession]:
         """The models on which something was attached, with their sessions."""
         return self.following.sessions
@@ -144,7 +148,7 @@ class Binding:
 
         def aside(model: nn.Module) -> HostedSession:
             if model not in asides:
-                session = self.following.sessions.get(model) or HostedSession(model, self.host.put_aside)
+                session = self.following.sessions.get(model) or self._new_session(model)
                 asides[model] = session.aside(model, settings.arithmetic.stock_dora_norm)
             return asides[model]
 

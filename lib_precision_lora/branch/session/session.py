@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -43,7 +43,7 @@ from lib_precision_lora.branch.session.merged import Merged, NotRepresentable
 from lib_precision_lora.branch.session.overhead import OverheadMeter
 from lib_precision_lora.branch.session.patch import Applied, Patch, PatchError, PatchItem, resolve
 from lib_precision_lora.branch.session.planning.footprint import Footprint, footprints
-from lib_precision_lora.branch.session.planning.policy import DensePolicy, steps_on_a_card
+from lib_precision_lora.branch.session.planning.policy import DensePolicy, process_device, steps_on_a_card
 from lib_precision_lora.branch.session.rescue import Rescue
 from lib_precision_lora.branch.session.sites import Site
 from lib_precision_lora.branch.session.strengths import exchange_strengths
@@ -61,13 +61,20 @@ class PatchSession:
     the session not at all. When it is gone, so are the parameters that stood in for the host's;
     hooks stay until `clear`.
 
-    timed: the name of the model's part of which one forward is a step; overhead: what branches cost in it;
-    rescue: what goes on where one fails in a forward.
+    timed: the name of the model's part of which one forward is a step; runs_on: asked for the device on
+    which models run, which a program may choose beside a card that is there; overhead: what branches cost in
+    a step; rescue: what goes on where one fails in a forward.
     """
 
-    def __init__(self, model: nn.Module, timed: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        timed: str | None = None,
+        runs_on: Callable[[], torch.device] = process_device,
+    ) -> None:
         self._model = weakref.ref(model)
         self._timed = timed
+        self._runs_on = runs_on
         self.overhead = OverheadMeter()
         self._attached: dict[str, Attached] = {}
         self.rescue = Rescue(partial(branch_at, self._attached))
@@ -175,7 +182,7 @@ class PatchSession:
         fitted = self._fitted if fitted is None else fitted
         shadows = self._standing_shadows()
         weights = effective_weights(model, patches, fitted, shadows, begin=SketchedWeight)
-        merged = merged_modules(model, weights, compute, dense, steps_on_a_card(self._stepped()))
+        merged = merged_modules(model, weights, compute, dense, self._on_a_card())
         return footprints(weights, Arithmetic.of(compute, device, dtype), merged)
 
     @property
@@ -295,6 +302,9 @@ class PatchSession:
         module = getattr(self._living_model(), self._timed, None) if self._timed else None
         return module if isinstance(module, nn.Module) else None
 
+    def _on_a_card(self) -> bool:
+        return steps_on_a_card(self._stepped(), self._runs_on())
+
     def _standing_shadows(self) -> list[Shadow]:
         """What stands in the place of the host's parameters."""
         return [shadow for here in self._attached.values() for shadow in shadows_of(here.piece)]
@@ -306,7 +316,7 @@ class PatchSession:
         model = self._living_model()
         shadows = self._standing_shadows()
         weights = effective_weights(model, patches, self._fitted, shadows, self._memo, step=step)
-        return make_attachments(model, weights, compute, dense, step, steps_on_a_card(self._stepped()))
+        return make_attachments(model, weights, compute, dense, step, self._on_a_card())
 
     def _put(self, name: str, module: nn.Module, piece: Piece, undo: Undo) -> None:
         """Bring one place from what stands there to `piece`, and say how to undo it."""

@@ -20,7 +20,6 @@ from lib_precision_lora.host.interface import Merge
 from lib_precision_lora.host.loras.attempts import Attempts
 from lib_precision_lora.host.loras.division import HostPatches, only, source_of, strengths_of
 from lib_precision_lora.host.loras.hosted import AttachInterrupted, HostedSession, StillMerged
-from lib_precision_lora.host.loras.matching import PutAside, nothing_aside
 from lib_precision_lora.host.page.settings import Arithmetic, Settings
 
 logger = logging.getLogger("lib_precision_lora")
@@ -33,7 +32,7 @@ class Following:
     incomplete: how often conditioning was computed while a text encoder lacked something.
 
     elsewhere: given a model and the checkpoint's models, the sources that have failed in another of them;
-    no_room: those that do not fit on the card; watch: told of each new session; aside: as `Host.put_aside`.
+    no_room: those that do not fit on the card; watch: told of each new session.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class Following:
         progress: Progress,
         record: Record,
         notices: Notices,
+        new_session: Callable[[nn.Module], HostedSession] = HostedSession,
     ) -> None:
         self.sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         self.incomplete = 0
@@ -52,14 +52,14 @@ class Following:
         )
         self.no_room: Callable[[nn.Module], Sources] = lambda model: frozenset()
         self.watch: Callable[[nn.Module, HostedSession], None] = lambda model, session: None
-        self.aside: PutAside = nothing_aside
+        self._new_session = new_session
         self._settings, self._checkpoint = settings, checkpoint
         self._progress, self._record, self._notices = progress, record, notices
 
     def session(self, model: nn.Module) -> HostedSession:
         """That of a model, made where missing."""
         if model not in self.sessions:
-            self.sessions[model] = HostedSession(model, self.aside)
+            self.sessions[model] = self._new_session(model)
             self.watch(model, self.sessions[model])
         return self.sessions[model]
 

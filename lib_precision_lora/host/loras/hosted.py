@@ -21,6 +21,7 @@ from lib_precision_lora.branch import (
 from lib_precision_lora.branch.session.fitted import FittedAdapters
 from lib_precision_lora.branch.session.overhead import OverheadMeter
 from lib_precision_lora.branch.session.planning.footprint import Footprint
+from lib_precision_lora.branch.session.planning.policy import process_device
 from lib_precision_lora.branch.session.rescue import Rescue, Trial
 from lib_precision_lora.branch.session.sites import Site
 from lib_precision_lora.host.generation.progress import Interrupted
@@ -57,12 +58,17 @@ class HostedSession:
 
     A parameter all of whose patches are understood is ours; any other goes the host's own way, whole.
     aside: what the host has put aside of the model; host_layers: source → how many of its parameters go the
-    host's own way.
+    host's own way; runs_on: as `PatchSession` has it.
     """
 
-    def __init__(self, model: nn.Module, aside: PutAside = nothing_aside) -> None:
-        self._aside = aside
-        self._session = PatchSession(model, timed="diffusion_model")
+    def __init__(
+        self,
+        model: nn.Module,
+        aside: PutAside = nothing_aside,
+        runs_on: Callable[[], torch.device] = process_device,
+    ) -> None:
+        self._aside, self._runs_on = aside, runs_on
+        self._session = PatchSession(model, timed="diffusion_model", runs_on=runs_on)
         self._signature: object = None
         self._values: list[Any] = []
         self._division = Division(aside=aside)
@@ -77,7 +83,7 @@ class HostedSession:
     def aside(self, model: nn.Module, stock_dora_norm: bool) -> HostedSession:
         """One for the `footprints` of patches that are not to be attached: it sees what stands in the model,
         and keeps what it makes to itself."""
-        other = HostedSession(model, self._aside)
+        other = HostedSession(model, self._aside, self._runs_on)
         other._session, other._fitted = self._session, FittedAdapters()
         other._division = Division(stock_dora_norm, self._aside)
         return other

@@ -42,13 +42,19 @@ SMALL_LAYER = 256 * 256
 """Below so many weights multiplications say nothing about time, and `auto` merges nothing on a CPU."""
 
 
-def steps_on_a_card(stepped: object) -> bool:
-    """Whether a model is run by a card many times for one set of LoRAs. stepped: its part of which a forward
-    is a step, None where it has none, as text encoders do: these run once, and a merge would cost more.
+def process_device() -> torch.device:
+    """The device on which a process runs its models if nobody says otherwise: its card, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    Asked of the process, not of where the weights lie: they may be brought to the card later.
+
+def steps_on_a_card(stepped: object, device: torch.device) -> bool:
+    """A card runs the model many times for one set of LoRAs.
+
+    stepped: the model's part of which a forward is a step; None for text encoders, which run once, so that
+    a merge would cost more. device: the one on which models run. It is not read from the weights: they may
+    be brought to the card later.
     """
-    return stepped is not None and torch.cuda.is_available()
+    return stepped is not None and device.type != "cpu"
 
 
 def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool, card: bool = False) -> bool:

@@ -30,11 +30,14 @@ class UNet(nn.Module):
         self.add_module(part, nn.ModuleDict({"layer": layer}))
 
 
-def merged(part: str, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether the layer is planned to be merged, and whether it is."""
+def merged(part: str, dtype: torch.dtype, runs_on: torch.device | None = None) -> tuple[bool, bool]:
+    """Whether the layer is planned to be merged, and whether it is. runs_on: what the host answers."""
     model = UNet(part, dtype)
     patch: Patch = recipe("lora-rank-16-bf16", (WIDTH, WIDTH)).patch(f"{part}.layer.weight")[0]
-    with PatchSession(model, timed="diffusion_model") as session:
+    session = PatchSession(model, timed="diffusion_model")
+    if runs_on is not None:
+        session = PatchSession(model, timed="diffusion_model", runs_on=lambda: runs_on)
+    with session:
         planned = session.footprints([patch], "auto", torch.device("cpu"), dtype, "auto")
         session.apply_patches([patch], "auto", "auto")
         beside = not session.merged
@@ -61,6 +64,12 @@ def test_bf16_stays_beside_its_weight() -> None:
 @pytest.mark.usefixtures("card")
 def test_a_text_encoder_which_runs_once_stays_as_on_a_cpu() -> None:
     assert merged("transformer", FP16) == (False, False)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_host_that_keeps_to_the_cpu_beside_a_card_counts_as_without_one() -> None:
+    """As with the WebUI's `--always-cpu`."""
+    assert merged("diffusion_model", FP16, torch.device("cpu")) == (False, False)
 
 
 def test_without_a_card_multiplications_alone_count() -> None:
