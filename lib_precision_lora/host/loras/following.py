@@ -32,7 +32,8 @@ class Following:
     incomplete: how often conditioning was computed while a text encoder lacked something.
 
     elsewhere: given a model and the checkpoint's models, the sources that have failed in another of them;
-    no_room: those that do not fit on the card; watch: told of each new session.
+    no_room: those that do not fit on the card; new_session: makes that of a model; watch: told of each
+    new one.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Following:
         progress: Progress,
         record: Record,
         notices: Notices,
-        new_session: Callable[[nn.Module], HostedSession] = HostedSession,
+        new_session: Callable[[nn.Module], HostedSession],
     ) -> None:
         self.sessions: weakref.WeakKeyDictionary[nn.Module, HostedSession] = weakref.WeakKeyDictionary()
         self.incomplete = 0

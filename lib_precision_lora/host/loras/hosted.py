@@ -67,7 +67,7 @@ class HostedSession:
         aside: PutAside = nothing_aside,
         runs_on: Callable[[], torch.device] = process_device,
     ) -> None:
-        self._aside, self._runs_on = aside, runs_on
+        self._aside = aside
         self._session = PatchSession(model, timed="diffusion_model", runs_on=runs_on)
         self._signature: object = None
         self._values: list[Any] = []
@@ -83,7 +83,7 @@ class HostedSession:
     def aside(self, model: nn.Module, stock_dora_norm: bool) -> HostedSession:
         """One for the `footprints` of patches that are not to be attached: it sees what stands in the model,
         and keeps what it makes to itself."""
-        other = HostedSession(model, self._aside, self._runs_on)
+        other = HostedSession(model, self._aside)
         other._session, other._fitted = self._session, FittedAdapters()
         other._division = Division(stock_dora_norm, self._aside)
         return other

@@ -135,6 +135,18 @@ def test_factors_stay_where_the_model_stays(host: Host, checkpoint: Checkpoint) 
     assert all(mine is its for mine, its in zip(before, after, strict=True))
 
 
+def test_a_host_that_keeps_to_the_cpu_beside_a_card_merges_as_without_one(
+    host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `--always-cpu`; a process with a card would merge dense layers of this model."""
+    cats, _ = cats_and_dogs(host)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    generate(host, prompt("a cat", Active(cats)))
+    active = installation.active()
+    assert active is not None
+    assert not active.sessions()[checkpoint.model].merged
+
+
 @pytest.mark.only_on("forge", "tests/host/neo has what Neo does where a model is placed in part")
 def test_a_host_that_places_layers_one_by_one_finds_its_own_parameters(
     host: Host, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch

@@ -52,9 +52,9 @@ def steps_on_a_card(stepped: object, device: torch.device) -> bool:
 
     stepped: the model's part of which a forward is a step; None for text encoders, which run once, so that
     a merge would cost more. device: the one on which models run. It is not read from the weights: they may
-    be brought to the card later.
+    be brought to the card later. A card is a CUDA or ROCm device: `card_cost` knows no other.
     """
-    return stepped is not None and device.type != "cpu"
+    return stepped is not None and device.type == "cuda"
 
 
 def merges(policy: DensePolicy, site: Site, branch: WeightBranch, alone: bool, card: bool = False) -> bool:

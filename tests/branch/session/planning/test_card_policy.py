@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.card_ways import Files, bare, counting, ours
 from benchmarks.roofline import CARDS
 from lib_precision_lora.branch import Patch, PatchSession
 from lib_precision_lora.branch.session.planning.card_cost import branch_cost, layer_cost
-from lib_precision_lora.branch.session.planning.policy import WORTH_A_MERGE_ON_A_CARD
+from lib_precision_lora.branch.session.planning.policy import WORTH_A_MERGE_ON_A_CARD, process_device
 from tests.branch.recipes import recipe
 
 FP16 = torch.float16
@@ -30,14 +31,13 @@ class UNet(nn.Module):
         self.add_module(part, nn.ModuleDict({"layer": layer}))
 
 
-def merged(part: str, dtype: torch.dtype, runs_on: torch.device | None = None) -> tuple[bool, bool]:
+def merged(
+    part: str, dtype: torch.dtype, runs_on: Callable[[], torch.device] = process_device
+) -> tuple[bool, bool]:
     """Whether the layer is planned to be merged, and whether it is. runs_on: what the host answers."""
     model = UNet(part, dtype)
     patch: Patch = recipe("lora-rank-16-bf16", (WIDTH, WIDTH)).patch(f"{part}.layer.weight")[0]
-    session = PatchSession(model, timed="diffusion_model")
-    if runs_on is not None:
-        session = PatchSession(model, timed="diffusion_model", runs_on=lambda: runs_on)
-    with session:
+    with PatchSession(model, timed="diffusion_model", runs_on=runs_on) as session:
         planned = session.footprints([patch], "auto", torch.device("cpu"), dtype, "auto")
         session.apply_patches([patch], "auto", "auto")
         beside = not session.merged
@@ -67,9 +67,10 @@ def test_a_text_encoder_which_runs_once_stays_as_on_a_cpu() -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_a_host_that_keeps_to_the_cpu_beside_a_card_counts_as_without_one() -> None:
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_a_host_that_runs_elsewhere_beside_a_card_counts_as_without_one(device: str) -> None:
     """As with the WebUI's `--always-cpu`."""
-    assert merged("diffusion_model", FP16, torch.device("cpu")) == (False, False)
+    assert merged("diffusion_model", FP16, lambda: torch.device(device)) == (False, False)
 
 
 def test_without_a_card_multiplications_alone_count() -> None:
