@@ -26,7 +26,7 @@ class OnTheFly:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class _Kept:
     """A parameter's value before it was merged."""
 
     weight: Tensor
@@ -66,7 +66,7 @@ class ModelPatcher:
         self.size = size
         self.model.device = current_device
         self.patches: dict[str, list[Any]] = {}
-        self.backup: dict[str, Kept] = {}
+        self.backup: dict[str, _Kept] = {}
         self.object_patches: dict[str, Any] = {}
         self.object_patches_backup: dict[str, Any] = {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
@@ -149,7 +149,7 @@ class ModelPatcher:
         if key not in self.patches:
             return
         weight = utils.get_attr(self.model, key)
-        self.backup.setdefault(key, Kept(weight.to(device=self.offload_device)))
+        self.backup.setdefault(key, _Kept(weight.to(device=self.offload_device)))
         merged = merge_lora_to_weight(
             self.patches[key], weight.to(device=device_to, dtype=torch.float32, copy=True), key
         )
