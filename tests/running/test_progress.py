@@ -17,7 +17,8 @@ from tests.running.checkpoint import make_lora, save_lora
 from tests.running.webui import Generation, WebUI
 
 UNUSED_BYTES = 1200 * 2**20
-NAMES = ("first", "second", "third")
+NAMES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+"""So many that attaching them lasts well over the second from which on the log speaks of it."""
 PROMPT = "a cat " + "".join(f"<lora:{name}:0.3>" for name in NAMES)
 SKIPPED = "Precision LoRA skipped: "
 

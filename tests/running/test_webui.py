@@ -7,6 +7,7 @@ it writes in a temporary folder.
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -297,7 +298,7 @@ def test_the_settings_have_a_section_that_applies(page: Page, webui: WebUI) -> N
 def test_the_page_shows_what_was_left_out(page: Page, webui: WebUI) -> None:
     position = webui.log_position()
     assert "left out" not in page.generate("a hill <lora:strong:1>")
-    assert webui.log(position).count("[Precision LoRA] LoRA strong") == 1
+    assert applied(webui.log(position)) == ["strong"]
     messages = page.generate("a pond <lora:truncated:1>")
     assert "LoRA truncated was left out: truncated.safetensors: the file is truncated: it has" in messages
     page.screenshot("left-out", page.results)
@@ -310,9 +311,14 @@ def test_reloading_the_page_server_leaves_one_binding(
     page.reload_server()
     position = webui.log_position()
     page.generate("a lake <lora:strong:1>")
-    assert webui.log(position).count("[Precision LoRA] LoRA strong") == 1
+    assert applied(webui.log(position)) == ["strong"]
     assert webui.generate("a cat").png == base.png
     assert ours(webui, "a cat <lora:strong:1>").png == strong.png
+
+
+def applied(log: str) -> list[str]:
+    """The LoRAs that the log calls applied. Lines of progress, which a busy machine has, are no such lines."""
+    return re.findall(r"\[Precision LoRA\] LoRA (.*): \d+ layers of the model at ", log)
 
 
 def ours(webui: WebUI, prompt: str) -> Generation:
@@ -320,7 +326,7 @@ def ours(webui: WebUI, prompt: str) -> Generation:
     position = webui.log_position()
     image = webui.generate(prompt)
     log = webui.log(position)
-    assert log.count("[Precision LoRA] LoRA ") == prompt.count("<lora:"), log
+    assert len(applied(log)) == prompt.count("<lora:"), log
     assert "left out" not in log
     assert SKIPPED not in image.infotext
     return image
