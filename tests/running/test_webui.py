@@ -317,7 +317,7 @@ def test_reloading_the_page_server_leaves_one_binding(
 
 
 def applied(log: str) -> list[str]:
-    """The LoRAs that the log calls applied. Lines of progress, which a busy machine has, are no such lines."""
+    """The LoRAs that the log calls applied; lines of progress, on a busy machine, are none of them."""
     return re.findall(r"\[Precision LoRA\] LoRA (.*): \d+ layers of the model at ", log)
 
 
